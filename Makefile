@@ -1,0 +1,31 @@
+# make demo: the main job on a small network, into out/digits-resnet20/    make test: everything that is checked
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint types benchmarks clean
+
+demo: $(VENV)/installed-onnx
+	$(BIN)/python -m hawq.quantize digits-resnet20 --avg-bits 4 --activations 8 --out out/digits-resnet20 --force
+
+test: lint types
+	$(BIN)/python -m pytest --durations=10
+
+lint: $(VENV)/installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+types: $(VENV)/installed-test
+	$(BIN)/mypy
+
+benchmarks: $(VENV)/installed-bench
+	$(BIN)/python -m benchmarks.three_bits
+
+$(VENV)/installed-%: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --constraint constraints.txt --editable '.[$*]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -1,0 +1,99 @@
+"""Where activations are rounded: so that every layer and every residual addition can run on integers."""
+
+import torch
+from torch import fx
+
+from hawq.graph import only_user
+from hawq.layers import ActivationQuantizer
+
+aten = torch.ops.aten
+QUANTIZERS = "activation_quantizers"
+
+# Operations that fuse into the layer or addition before them; a range that starts at 0 does their clipping.
+_FUSED = frozenset((aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default))
+# Operations that only move or choose values (or insert zeros): they keep the scale of their input.
+_MOVING = frozenset(
+    (
+        aten.clone.default,
+        aten.constant_pad_nd.default,
+        aten.contiguous.default,
+        aten.dropout.default,
+        aten.flatten.using_ints,
+        aten.max_pool1d.default,
+        aten.max_pool2d.default,
+        aten.max_pool3d.default,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+    )
+)
+
+
+def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> None:
+    """Put one ActivationQuantizer behind every tensor that a layer or residual addition reads or writes.
+
+    A layer's or addition's output is rounded after the activation function that alone reads it; values that are moved
+    (reshaped, max-pooled, padded with zeros) keep their scale and pass the same quantizer again. The output of a linear
+    layer is rounded only where an integer operation reads it, so that logits stay exact.
+    """
+    integer = _integer_nodes(graph, layer_nodes)
+    sources: dict[fx.Node, list[fx.Node]] = {}  # what is rounded, and where the same values arrive after moving
+    for node in graph.graph.nodes:
+        if node not in integer or node.op == "placeholder" or _is_follower(node):
+            continue
+        inputs = node.all_input_nodes if _is_addition(node) else [node.args[0]]
+        for read in inputs:
+            source = _unmoved(read)
+            arrivals = sources.setdefault(source, [])
+            if read is not source and read not in arrivals:
+                arrivals.append(read)
+        if not _is_linear(graph, node):
+            sources.setdefault(_after_activation(node), [])
+    graph.add_module(QUANTIZERS, torch.nn.Module())
+    for source, arrivals in sources.items():
+        graph.get_submodule(QUANTIZERS).add_module(source.name, ActivationQuantizer())
+        for node in (source, *arrivals):
+            with graph.graph.inserting_after(node):
+                rounded = graph.graph.call_module(f"{QUANTIZERS}.{source.name}", (node,))
+            node.replace_all_uses_with(rounded, delete_user_cb=rounded.__ne__)
+
+
+def _integer_nodes(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> set[fx.Node]:
+    """Nodes whose values can live on an 8-bit grid: inputs, layers, what follows them, and sums of two such."""
+    integer = set(layer_nodes)
+    for node in graph.graph.nodes:
+        follows = _is_follower(node) and node.args[0] in integer
+        adds = _is_addition(node) and all(read in integer for read in node.all_input_nodes)
+        if node.op == "placeholder" or follows or adds:
+            integer.add(node)
+    return integer
+
+
+def _is_follower(node: fx.Node) -> bool:
+    return node.op == "call_function" and (node.target in _FUSED or node.target in _MOVING)
+
+
+def _is_addition(node: fx.Node) -> bool:
+    return node.op == "call_function" and node.target is aten.add.Tensor and len(node.all_input_nodes) == 2
+
+
+def _is_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
+    return node.op == "call_module" and getattr(graph.get_submodule(str(node.target)), "channel_dim", 1) == -1
+
+
+def _after_activation(node: fx.Node) -> fx.Node:
+    user = only_user(node)
+    return user if user is not None and user.op == "call_function" and user.target in _FUSED else node
+
+
+def _unmoved(node: fx.Node) -> fx.Node:
+    while node.op == "call_function" and node.target in _MOVING:
+        node = node.args[0]  # type: ignore[assignment]
+    return node

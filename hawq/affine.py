@@ -1,0 +1,54 @@
+r"""The arithmetic of affine quantization, as the ONNX operators define it, and nothing else.
+
+.. math:: q = \mathrm{clip}(\mathrm{round}(x / s) + z,\, q_{\min},\, q_{\max}), \qquad \hat x = (q - z)\, s
+
+with rounding to nearest, ties to even.
+"""
+
+import torch
+
+
+def signed_range(bits: int) -> tuple[int, int]:
+    """qmin and qmax of a signed integer: -2^(b-1) and 2^(b-1) - 1."""
+    return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1
+
+
+def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """A (channels,) tensor, shaped to multiply `like`, whose first dimension is the channels."""
+    return values.view(-1, *(1,) * (like.dim() - 1))
+
+
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: int, qmax: int) -> torch.Tensor:
+    """Codes q of `x`, as whole numbers in x's dtype."""
+    return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
+
+
+def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int = 0) -> torch.Tensor:
+    """The real numbers that codes stand for, in the scale's dtype."""
+    return (codes.to(scale.dtype) - zero_point) * scale
+
+
+# The two operations of a quantized network as single nodes, so that an exported graph shows them as such.
+
+
+@torch.library.custom_op("hawq::dequantize_channels", mutates_args=())
+def dequantize_channels(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """Integer codes (channels, ...) times their channel's scale (channels,)."""
+    return dequantize(codes, per_channel(scale, codes))
+
+
+@dequantize_channels.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    return codes.new_empty(codes.shape, dtype=scale.dtype)
+
+
+@torch.library.custom_op("hawq::round_activation", mutates_args=())
+def round_activation(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    """`x` rounded to the 256 values of an unsigned byte with that scale and zero point (both scalars)."""
+    return dequantize(quantize(x, scale, zero_point, 0, 255), scale, zero_point)
+
+
+@round_activation.register_fake
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
+    del scale, zero_point
+    return torch.empty_like(x)

@@ -1,0 +1,76 @@
+"""Allocation: how many bits each layer gets, and how good that is proven to be."""
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hessian.files import write_atomically
+
+_FORMAT = "hessianware.allocation"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class BudgetUse:
+    """What a budget allows and what the allocation spends, in the budget's own units."""
+
+    limit: float
+    used: float
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """Bits by layer.
+
+    objective: the sum of the table's entries. gap: relative distance to the proven bound (at most 1e-9: optimal; None:
+    nothing is proven). activation_bits: 8, or None where activations stay in float.
+    """
+
+    bits: dict[str, int]
+    objective: float = float("nan")
+    gap: float | None = None
+    budgets: dict[str, BudgetUse] = field(default_factory=dict)
+    activation_bits: int | None = None
+
+    def with_activations(self, bits: int | None) -> "Allocation":
+        """The same widths, with the width of activations noted."""
+        return replace(self, activation_bits=bits)
+
+    def average_bits(self, num_params: Mapping[str, int]) -> float:
+        """Bits a weight, over all weights of the allocated layers."""
+        total = sum(num_params[name] for name in self.bits)
+        return sum(bits * num_params[name] for name, bits in self.bits.items()) / total
+
+    def to_json(self) -> str:
+        document = {
+            "format": _FORMAT,
+            "version": _VERSION,
+            "bits": self.bits,
+            "activation_bits": self.activation_bits,
+            "objective": self.objective,
+            "gap": self.gap,
+            "budgets": {name: {"limit": use.limit, "used": use.used} for name, use in self.budgets.items()},
+        }
+        return json.dumps(document, indent=1) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> "Allocation":
+        """What `to_json` wrote; ValueError for any other text."""
+        try:
+            document = json.loads(text)
+            if (document["format"], document["version"]) != (_FORMAT, _VERSION):
+                raise ValueError(f"format {document['format']!r}, version {document['version']!r}")
+            bits = {name: int(width) for name, width in document["bits"].items()}
+            budgets = {name: BudgetUse(**use) for name, use in document["budgets"].items()}
+            return cls(bits, document["objective"], document["gap"], budgets, document["activation_bits"])
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise ValueError(f"this is no allocation of version {_VERSION}: {error}") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        write_atomically(path, self.to_json())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "Allocation":
+        return cls.from_json(Path(path).read_text())

@@ -1,0 +1,1 @@
+"""What a width costs: bytes and bit operations, layer by layer."""

@@ -1,0 +1,37 @@
+"""The metric and the loss of a network, in torch or in a runtime, on a task's evaluation data."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tqdm.auto import tqdm
+
+from hessian.objective import Objective
+from hessian.task import Task
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """metric and loss over all examples; outputs, example by example."""
+
+    metric: float
+    loss: float
+    outputs: torch.Tensor
+
+
+@torch.no_grad()
+def evaluate(
+    network: Callable[[torch.Tensor], torch.Tensor], task: Task, batches: Any, *, progress: str | None = None
+) -> Evaluation:
+    """Run `network` over `batches` of (inputs, targets); the task's metric is averaged by examples, its loss by items."""
+    objective = Objective(task.model, task.loss, batches)
+    outputs, loss, metric, count = [], 0.0, 0.0, 0
+    for batch, weight in tqdm(objective.weighted_batches(), desc=progress, unit="batch", disable=progress is None):
+        inputs, targets = batch
+        result = network(inputs)
+        outputs.append(result)
+        loss += weight * float(objective.batch_loss(result, batch))
+        metric += len(inputs) * float(task.metric(result, targets))
+        count += len(inputs)
+    return Evaluation(metric / count, loss, torch.cat(outputs))

@@ -1,0 +1,118 @@
+"""The report's pictures, as SVG text."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+
+from hawq.affine import signed_range
+from hawq.model import QuantizedModel
+
+_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # told apart by every kind of colour vision (Okabe and Ito)
+_MOST_HISTOGRAMS = 32
+
+
+def bits(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The width of every layer, in the order of the computation."""
+    figure, axes = _figure(max(9.0, 0.34 * len(layers)), 3.4)
+    widths = [row["bits"] for row in layers]
+    bars = axes.bar(range(len(layers)), widths, color=_BLUE)
+    axes.bar_label(bars, padding=2, fontsize=8)
+    axes.set_ylabel("bits of a weight")
+    axes.set_ylim(0, max(widths) + 1)
+    _name_layers(axes, layers)
+    return _svg(figure)
+
+
+def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
+    """The average Hessian trace of every layer; bars of one standard error where it was sampled."""
+    figure, axes = _figure(max(9.0, 0.34 * len(layers)), 3.6)
+    values = np.array([row["average_trace"] for row in layers])
+    errors = np.array([row["average_trace_stderr"] for row in layers])
+    positive = values > 0
+    positions = np.arange(len(layers))
+    axes.errorbar(positions[positive], values[positive], yerr=errors[positive], fmt="o", color=_BLUE, ecolor=_ORANGE, capsize=3)
+    if positive.any():
+        axes.set_yscale("log")
+    exact = sum(row["exact"] for row in layers)
+    note = "all exact" if exact == len(layers) else f"{exact} of {len(layers)} exact; bars: one standard error"
+    axes.set_ylabel("average Hessian trace")
+    axes.set_title(note, fontsize=9, color=_GREY, loc="right")
+    axes.grid(axis="y", alpha=0.3)
+    _name_layers(axes, layers)
+    return _svg(figure)
+
+
+def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
+    """Bytes of the packed file against the predicted and the measured increase of the loss."""
+    figure, axes = _figure(9.0, 4.2)
+    sizes = [point["file_bytes"] / 1e3 for point in points]
+    measured = [point["measured_increase"] for point in points]
+    if points and points[0]["predicted_increase"] is not None:
+        predicted = [point["predicted_increase"] for point in points]
+        axes.plot(sizes, predicted, "--s", color=_ORANGE, label="predicted: half of the summed sensitivity")
+    axes.plot(sizes, measured, "-o", color=_BLUE, label="measured on the evaluation data")
+    chosen = report["file_bytes"]["model.safetensors"] / 1e3
+    axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
+    for point, size, increase in zip(points, sizes, measured, strict=True):
+        label = f"{point['average_bits']:.2g} bits, {point['metric']:.1%}"
+        axes.annotate(label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=_GREY)
+    axes.set_yscale("symlog", linthresh=1e-3)
+    axes.axhline(0, color=_GREY, linewidth=0.6)
+    axes.set_xlabel("model.safetensors (kB)")
+    axes.set_ylabel("increase of the loss")
+    axes.margins(x=0.12, y=0.12)
+    axes.legend(fontsize=8)
+    axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
+    """Histograms of each layer's weights, every channel in units of its own scale, and the range that its codes cover."""
+    layers = model.layers()
+    names = list(layers)[:_MOST_HISTOGRAMS]
+    columns = min(4, len(names))
+    rows = -(-len(names) // columns)
+    figure = Figure(figsize=(2.6 * columns, 1.5 * rows + 0.4), layout="constrained")
+    for position, name in enumerate(names):
+        axes = figure.add_subplot(rows, columns, position + 1)
+        layer = layers[name]
+        qmin, qmax = signed_range(layer.bits)
+        scaled = (values[name].flatten(1) / layer.scale.unsqueeze(1)).flatten().numpy()
+        edge = float(max(np.abs(scaled).max(), -qmin)) * 1.05
+        axes.hist(scaled, bins=61, range=(-edge, edge), color=_BLUE, histtype="stepfilled")
+        axes.axvspan(qmin - 0.5, qmax + 0.5, color=_ORANGE, alpha=0.15, linewidth=0)
+        outside = float(((scaled < qmin - 0.5) | (scaled > qmax + 0.5)).mean())
+        axes.set_title(f"{name}: {layer.bits} bits, {outside:.1%} clipped", fontsize=7)
+        axes.tick_params(labelsize=6)
+        axes.set_yticks([])
+    if len(layers) > len(names):
+        figure.supxlabel(f"weight / scale (first {len(names)} of {len(layers)} layers)", fontsize=8)
+    else:
+        figure.supxlabel("weight / scale", fontsize=8)
+    return _svg(figure)
+
+
+def _figure(width: float, height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(width, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def _name_layers(axes: Any, layers: Sequence[Mapping[str, Any]]) -> None:
+    axes.set_xticks(range(len(layers)), [row["name"] for row in layers], rotation=60, ha="right", fontsize=7)
+    axes.set_xlim(-0.7, len(layers) - 0.3)
+
+
+def _svg(figure: Figure) -> str:
+    """The figure as an <svg> element with text as text, the same bytes for the same data."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hawq", "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]

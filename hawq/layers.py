@@ -1,0 +1,101 @@
+"""The two modules of a quantized network: a layer with integer weights, and the rounding of an activation."""
+
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from hawq.affine import dequantize_channels, per_channel, round_activation
+from hawq.observers import activation_parameters
+
+_LARGEST_BIAS_CODE = 2**30  # half of what an int32 holds, the rest is for the sum of products
+
+
+class QuantizedLayer(nn.Module):
+    """A linear or convolutional layer whose weight is `codes * scale`, channel by channel.
+
+    codes: int8, shaped like the weight, within `bits` bits. scale: (channels,) float32. bias: (channels,), float32 as
+    long as the input is not quantized; then int32 in units of `bias_scale` = input scale * scale, as integer kernels
+    add it to their sums. operation, settings: the ATen operation and its arguments after (input, weight, bias).
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+    bias_scale: torch.Tensor | None
+
+    def __init__(self, operation: Any, settings: tuple[Any, ...], codes: torch.Tensor, scale: torch.Tensor, bits: int) -> None:
+        super().__init__()
+        self.operation = operation
+        self.settings = settings
+        self.bits = bits
+        self.register_buffer("codes", codes.to(torch.int8))
+        self.register_buffer("scale", scale)
+        self.register_buffer("bias", None)
+        self.register_buffer("bias_scale", None)
+
+    @property
+    def channel_dim(self) -> int:
+        """Where the output's channels are."""
+        return -1 if self.operation is torch.ops.aten.linear.default else 1
+
+    def real_bias(self) -> torch.Tensor | None:
+        """The bias in the output's units."""
+        if self.bias is None or self.bias_scale is None:
+            return self.bias
+        return dequantize_channels(self.bias, self.bias_scale)
+
+    def set_bias(self, bias: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
+        """Store `bias` as it is, or in integers where the input's scale is given.
+
+        A channel whose weights are so small that its bias would not fit 32 bits gets a larger weight scale.
+        """
+        if bias is None or input_scale is None:
+            self.bias, self.bias_scale = bias, None
+            return
+        needed = bias.abs() / (input_scale * _LARGEST_BIAS_CODE)
+        widened = torch.maximum(self.scale, needed)
+        shrink = per_channel(self.scale / widened, self.codes)
+        self.codes = torch.round(self.codes * shrink).to(torch.int8)
+        self.scale = widened
+        self.bias_scale = input_scale * self.scale
+        self.bias = torch.round(bias.double() / self.bias_scale.double()).to(torch.int32)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        weight = dequantize_channels(self.codes, self.scale)
+        return self.operation(x, weight, self.real_bias(), *self.settings)
+
+    def extra_repr(self) -> str:
+        return f"{self.operation}, {tuple(self.codes.shape)}, bits={self.bits}"
+
+
+class ActivationQuantizer(nn.Module):
+    """Rounds its input to the 256 values of an unsigned byte, as QuantizeLinear and DequantizeLinear do in a file."""
+
+    scale: torch.Tensor
+    zero_point: torch.Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.set_range(0.0, 1.0)
+
+    def set_range(self, low: float, high: float) -> None:
+        """Cover [low, high], which contains 0."""
+        scale, zero_point = activation_parameters(low, high)
+        self.register_buffer("scale", scale)
+        self.register_buffer("zero_point", zero_point)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return round_activation(x, self.scale, self.zero_point)
+
+    def extra_repr(self) -> str:
+        return f"scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}"
+
+
+def input_quantizer(graph: fx.GraphModule, layer: fx.Node) -> str | None:
+    """The qualified name of the quantizer that a layer's node reads, None where it reads float."""
+    source = layer.args[0]
+    assert isinstance(source, fx.Node)
+    if source.op != "call_module" or not isinstance(graph.get_submodule(str(source.target)), ActivationQuantizer):
+        return None
+    return str(source.target)

@@ -1,0 +1,145 @@
+"""A float network made into a quantized one."""
+
+import copy
+from typing import Literal
+
+import torch
+from torch import fx, nn
+
+from hawq.activations import QUANTIZERS, insert_quantizers
+from hawq.allocation import Allocation
+from hawq.calibration import calibrate, layer_output_means
+from hawq.fold import folded
+from hawq.graph import Layer, find_layers, get_tensor
+from hawq.layers import ActivationQuantizer, QuantizedLayer, input_quantizer
+from hawq.observers import RangeMethod
+from hawq.rounding import ROUNDINGS
+from hessian.objective import Data, Objective
+
+
+class QuantizedModel(fx.GraphModule):
+    """A network whose allocated layers are QuantizedLayers; `forward` rounds activations as the exported file does."""
+
+    bits: dict[str, int]
+    activation_bits: int | None
+    example: torch.Tensor
+
+    @classmethod
+    def wrap(
+        cls, graph: fx.GraphModule, bits: dict[str, int], activation_bits: int | None, example: torch.Tensor
+    ) -> "QuantizedModel":
+        model = cls(graph, graph.graph)
+        model.bits, model.activation_bits, model.example = bits, activation_bits, example
+        return model
+
+    def layers(self) -> dict[str, QuantizedLayer]:
+        """The quantized layers by name, in the order of the computation."""
+        found = {name: self.get_submodule(name) for name in self.bits}
+        return {name: module for name, module in found.items() if isinstance(module, QuantizedLayer)}
+
+    def quantizers(self) -> dict[str, ActivationQuantizer]:
+        """The activation quantizers by the name of the operation whose result they round."""
+        children = self.get_submodule(QUANTIZERS).named_children() if self.activation_bits else ()
+        return {name: module for name, module in children if isinstance(module, ActivationQuantizer)}
+
+    def input_quantizers(self) -> dict[str, str]:
+        """For each quantized layer the qualified name of the quantizer that its input has passed."""
+        nodes = {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}
+        sources = {name: input_quantizer(self, nodes[name]) for name in self.bits}
+        return {name: source for name, source in sources.items() if source is not None}
+
+
+def quantize_model(
+    model: nn.Module,
+    allocation: Allocation,
+    calibration: Data,
+    *,
+    rounding: Literal["nearest"] = "nearest",
+    activations: Literal[8] | None = 8,
+    bias_correction: bool = True,
+    range_method: RangeMethod = "mse",
+    generator: torch.Generator | None = None,
+    progress: bool = False,
+) -> QuantizedModel:
+    """A quantized copy of `model`: batch norm folded, weights at the allocation's widths, activations at 8 bits or float.
+
+    calibration: one (inputs, targets) batch or batches, as for `hessian`; targets are not used. bias_correction: add to
+    each bias what rounding took from the channel's mean output on the calibration data. Layers that the allocation
+    does not name stay in float. `generator` is for roundings that sample; `nearest` does not.
+
+    Raises ValueError for a layer that the model does not have, a width outside 2 to 8 (1 has no symmetric code), and
+    activations that are not finite.
+    """
+    del generator
+    if rounding not in ROUNDINGS:
+        raise ValueError(f"rounding {rounding!r} is none of {', '.join(map(repr, ROUNDINGS))}")
+    if activations not in (8, None):
+        raise ValueError(f"activations are quantized to 8 bits or left in float (None), not to {activations!r}")
+    inputs = [batch[0] for batch in Objective(model, torch.nn.functional.mse_loss, calibration).batches()]
+    example = inputs[0][:2]
+    graph = folded(model, example)
+    layers = find_layers(graph)
+    _check_allocation(allocation, layers)
+    means = None
+    if bias_correction:
+        names = {layer.node.name: name for name, layer in layers.items() if name in allocation.bits}
+        means = layer_output_means(graph, names, inputs)
+    rounded = {
+        name: ROUNDINGS[rounding](get_tensor(graph, layers[name].weight), bits) for name, bits in allocation.bits.items()
+    }
+    quantized = build(graph, rounded, allocation.bits, activations, example)
+    calibrate(quantized, inputs, range_method=range_method, float_means=means, progress=progress)
+    return quantized
+
+
+def build(
+    graph: fx.GraphModule,
+    rounded: dict[str, tuple[torch.Tensor, torch.Tensor]],
+    bits: dict[str, int],
+    activation_bits: int | None,
+    example: torch.Tensor,
+) -> QuantizedModel:
+    """A folded graph with its layers replaced by integer ones and activation quantizers, yet uncalibrated, put in."""
+    result = copy.deepcopy(graph)
+    layers = {name: layer for name, layer in find_layers(result).items() if name in bits}
+    nodes = []
+    for name, layer in layers.items():
+        codes, scale = rounded[name]
+        module = QuantizedLayer(layer.node.target, tuple(layer.node.args[3:]), codes, scale, bits[name])
+        module.set_bias(get_tensor(result, layer.bias).detach().clone() if layer.bias else None, None)
+        with result.graph.inserting_before(layer.node):
+            node = result.graph.call_module(name, (layer.node.args[0],))
+        node.meta = dict(layer.node.meta)
+        layer.node.replace_all_uses_with(node)
+        result.graph.erase_node(layer.node)
+        nodes.append((name, node, module))
+    result.graph.eliminate_dead_code()
+    for name, _, module in nodes:
+        _replace_module(result, name, module)
+    if activation_bits is not None:
+        insert_quantizers(result, [node for _, node, _ in nodes])
+    result.graph.lint()
+    return QuantizedModel.wrap(result, dict(bits), activation_bits, example)
+
+
+def _replace_module(graph: fx.GraphModule, name: str, module: nn.Module) -> None:
+    """Put `module` where the layer's parameters were; what else lives there moves along."""
+    owner_name, _, last = name.rpartition(".")
+    owner = graph.get_submodule(owner_name)
+    old = getattr(owner, last)
+    delattr(owner, last)
+    if isinstance(old, nn.Module):
+        for key, child in old.named_children():
+            module.add_module(key, child)
+    owner.add_module(last, module)
+
+
+def _check_allocation(allocation: Allocation, layers: dict[str, Layer]) -> None:
+    unknown = [name for name in allocation.bits if name not in layers]
+    if unknown:
+        raise ValueError(f"the allocation names {unknown[0]!r}, which is no quantizable layer; those are {', '.join(layers)}")
+    if not allocation.bits:
+        raise ValueError("the allocation is empty: there is no layer to quantize")
+    for name, bits in allocation.bits.items():
+        if not 2 <= bits <= 8:
+            raise ValueError(f"layer {name!r}: {bits} bits; widths are 2 to 8")

@@ -1,0 +1,99 @@
+"""Standard ONNX: weights packed at their true width, quantize/dequantize pairs where integer kernels can fuse.
+
+Weights narrower than 8 bits are stored as bit planes (see `hawq.packing`) and unpacked by standard operators, which a
+runtime folds into int8 when it loads the file. No custom operator is used.
+"""
+
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from hawq.model import QuantizedModel
+from hessian.files import write_atomically
+
+OPSET = 21
+
+
+def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: torch.Tensor) -> None:
+    """Write `model` to `path`, atomically; its batch dimension is dynamic, its input `input`, its output `output`.
+
+    `model`: a QuantizedModel, or any float network. Layers read int8 weights through DequantizeLinear, so that a runtime
+    fuses them with the activations' quantize/dequantize pairs. Where activations are float, weights are multiplied by
+    their scales instead, which a runtime folds when it loads the file.
+
+    Raises ModuleNotFoundError, naming the pip line, if the `onnx` extra is not installed.
+    """
+    write_atomically(path, to_bytes(model, example_input))
+
+
+def to_bytes(model: nn.Module, example_input: torch.Tensor) -> bytes:
+    """The contents of the file that `export_onnx` writes."""
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch.onnx needs it
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error.name} is needed to write ONNX: pip install 'hessianware[onnx]'") from error
+    from hawq import onnx_rewrite
+
+    proto = _export(model, example_input)
+    graph = onnx_rewrite.GraphRewriter(proto.graph)
+    if isinstance(model, QuantizedModel):
+        if model.activation_bits is None:
+            onnx_rewrite.multiply_scales(graph)
+        else:
+            onnx_rewrite.multiply_integers(graph)
+            scales = {name: f"{quantizer}.scale" for name, quantizer in model.input_quantizers().items()}
+            onnx_rewrite.derive_bias_scales(graph, scales)
+        for name, layer in model.layers().items():
+            if layer.bits < 8:
+                onnx_rewrite.store_as_planes(graph, f"{name}.codes", layer)
+    graph.finish()
+    proto.metadata_props.clear()
+    onnx.checker.check_model(proto)
+    return proto.SerializeToString()
+
+
+def _export(model: nn.Module, example_input: torch.Tensor) -> Any:
+    if example_input.shape[0] < 2:
+        example_input = torch.cat([example_input, example_input])
+    batch = torch.export.Dim.DYNAMIC
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it names every optional package that is not installed
+    try:
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            program = torch.export.export(model.eval(), (example_input,), dynamic_shapes=({0: batch},))
+            exported = torch.onnx.export(
+                program,
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=["input"],
+                output_names=["output"],
+                custom_translation_table=_translations(),
+                optimize=True,
+                verbose=False,
+            )
+    finally:
+        logger.setLevel(level)
+    assert exported is not None
+    return exported.model_proto
+
+
+def _translations() -> dict[Any, Any]:
+    from onnxscript import opset21 as op
+
+    def dequantize_channels(codes: Any, scale: Any) -> Any:
+        return op.DequantizeLinear(codes, scale, axis=0)
+
+    def round_activation(x: Any, scale: Any, zero_point: Any) -> Any:
+        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+
+    return {
+        torch.ops.hawq.dequantize_channels.default: dequantize_channels,
+        torch.ops.hawq.round_activation.default: round_activation,
+    }

@@ -1,0 +1,179 @@
+"""What the job found: report.json, report.html, and a table for the terminal."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import torch
+from torch import fx
+
+from hawq import figures
+from hawq.allocation import Allocation
+from hawq.evaluation import Evaluation
+from hawq.graph import Layer, get_tensor
+from hawq.model import QuantizedModel
+from hawq.options import Options
+from hawq.packing import packed_size
+from hawq.pareto import Point
+from hawq.sensitivity import SensitivityTable
+from hessian.results import LayerReport
+
+FORMAT = "hessianware.quantization-report"
+VERSION = 1
+
+
+def build_report(
+    *,
+    task_name: str,
+    options: Options,
+    graph: fx.GraphModule,
+    layers: Mapping[str, Layer],
+    ties: Sequence[tuple[str, ...]],
+    traces: LayerReport,
+    table: SensitivityTable,
+    allocation: Allocation,
+    results: Mapping[str, Evaluation],
+    files: Mapping[str, int],
+    kernels: Mapping[str, int],
+    latency: Mapping[str, Mapping[str, float]],
+    points: Sequence[Point],
+    seconds: Mapping[str, float],
+    reused: Sequence[str],
+) -> dict[str, Any]:
+    """The contents of report.json; docs/report.md describes every field."""
+    sizes = {name: packed_size(layer.num_params, allocation.bits[name]) for name, layer in layers.items()}
+    quantized, onnx = results["quantized"], results["onnx"]
+    agreement = (quantized.outputs.argmax(1) == onnx.outputs.argmax(1)).double().mean()
+    predicted = allocation.objective / 2 if table.method == "hessian-trace" else None
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "task": task_name,
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "examples": len(quantized.outputs),
+        "float": {"metric": results["float"].metric, "loss": results["float"].loss},
+        "quantized": {"metric": quantized.metric, "loss": quantized.loss},
+        "onnx": {
+            "metric": onnx.metric,
+            "loss": onnx.loss,
+            "agreement": float(agreement),
+            "largest_output_difference": float((quantized.outputs - onnx.outputs).abs().max()),
+            "kernels": dict(kernels),
+        },
+        "predicted_increase": predicted,
+        "measured_increase": quantized.loss - results["float"].loss,
+        "average_bits": allocation.average_bits({name: layer.num_params for name, layer in layers.items()}),
+        "activation_bits": allocation.activation_bits,
+        "gap": allocation.gap,
+        "budgets": {name: asdict(use) for name, use in allocation.budgets.items()},
+        "weight_bytes": sum(sizes.values()),
+        "float_weight_bytes": 4 * sum(layer.num_params for layer in layers.values()),
+        "file_bytes": dict(files),
+        "latency_ms": {name: dict(times) for name, times in latency.items()},
+        "layers": [_layer_row(layer, graph, traces, table, allocation, sizes, ties) for layer in layers.values()],
+        "frontier": [asdict(point) for point in points],
+        "seconds": dict(seconds),
+        "reused_stages": list(reused),
+    }
+
+
+def _layer_row(
+    layer: Layer,
+    graph: fx.GraphModule,
+    traces: LayerReport,
+    table: SensitivityTable,
+    allocation: Allocation,
+    sizes: Mapping[str, int],
+    ties: Sequence[tuple[str, ...]],
+) -> dict[str, Any]:
+    row = traces[layer.weight]
+    bits = allocation.bits[layer.name]
+    return {
+        "name": layer.name,
+        "operation": str(layer.node.target).split(".")[1],
+        "shape": list(get_tensor(graph, layer.weight).shape),
+        "num_params": layer.num_params,
+        "macs": layer.macs,
+        "average_trace": row.trace / layer.num_params,
+        "average_trace_stderr": row.trace_stderr / layer.num_params,
+        "exact": row.exact,
+        "reason": row.reason,
+        "bits": bits,
+        "sensitivity": table[layer.name][bits],
+        "sensitivity_stderr": table.stderr[layer.name][bits],
+        "weight_bytes": sizes[layer.name],
+        "tied_with": [name for tie in ties if layer.name in tie for name in tie if name != layer.name],
+    }
+
+
+def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel, traces: LayerReport) -> str:
+    """The report as one self-contained page."""
+    weights: dict[str, torch.Tensor] = {
+        row["name"]: get_tensor(graph, f"{row['name']}.weight").detach()
+        if f"{row['name']}.weight" in traces
+        else get_tensor(graph, row["name"]).detach()
+        for row in report["layers"]
+    }
+    pictures = {
+        "bits": figures.bits(report["layers"]),
+        "sensitivity": figures.sensitivity(report["layers"]),
+        "frontier": figures.frontier(report["frontier"], report),
+        "weights": figures.weights(weights, model),
+    }
+    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    environment.filters["count"] = lambda value: f"{value:,}"
+    environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
+    environment.filters["percent"] = lambda value: f"{value:.2%}"
+    template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
+    return template.render(report=report, pictures=pictures, rows=comparison(report))
+
+
+def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
+    """Rows (what, float, quantized, ratio or difference) that a person compares."""
+    plain, small, onnx, bytes_ = report["float"], report["quantized"], report["onnx"], report["file_bytes"]
+    rows = [
+        ("metric (torch)", f"{plain['metric']:.2%}", f"{small['metric']:.2%}", _points(small["metric"] - plain["metric"])),
+        ("metric (onnxruntime)", "", f"{onnx['metric']:.2%}", _points(onnx["metric"] - plain["metric"])),
+        ("loss", f"{plain['loss']:.4f}", f"{small['loss']:.4f}", f"{small['loss'] - plain['loss']:+.4f}"),
+        ("average bits of a weight", "32", f"{report['average_bits']:.2f}", ""),
+        _bytes_row("weights", report["float_weight_bytes"], report["weight_bytes"]),
+        _bytes_row("model.safetensors", bytes_["float.safetensors"], bytes_["model.safetensors"]),
+        _bytes_row("model.onnx", bytes_["float.onnx"], bytes_["model.onnx"]),
+    ]
+    for setting, before in report["latency_ms"]["float"].items():
+        threads, batch = setting.split("_")
+        after = report["latency_ms"]["quantized"][setting]
+        label = f"latency, {threads} thread{'s' * (threads != '1')}, batch {batch}"
+        rows.append((label, f"{before:.3f} ms", f"{after:.3f} ms", f"{before / after:.2f} x faster"))
+    return rows
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.2f} points"
+
+
+def _bytes_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
+    return name, f"{before:,} B", f"{after:,} B", f"{before / after:.2f} x smaller"
+
+
+def summary(report: Mapping[str, Any], folder: Path) -> str:
+    """The comparison as a table of text, and where the report is."""
+    rows = [("", "float", "quantized", ""), *comparison(report)]
+    widths = [max(len(row[column]) for row in rows) for column in range(4)]
+    lines = [
+        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip() for row in rows
+    ]
+    lines.insert(1, "-" * max(len(line) for line in lines))
+    bits = " ".join(str(row["bits"]) for row in report["layers"])
+    proof = "proven optimal" if report["gap"] is not None and report["gap"] <= 1e-9 else f"gap {report['gap']:.1e}"
+    lines += [
+        "",
+        f"bits by layer: {bits} ({proof})",
+        f"onnxruntime agrees with torch on {report['onnx']['agreement']:.2%} of {report['examples']} examples; "
+        f"largest output difference {report['onnx']['largest_output_difference']:.3g}",
+        f"report: {folder / 'report.html'}",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,83 @@
+"""Stages of a long job: timed, kept on disk, and reused by a run that resumes with the same inputs."""
+
+import hashlib
+import json
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hessian.files import write_atomically
+
+logger = logging.getLogger(__name__)
+
+
+class Stages:
+    """Runs stages whose results are bytes; `seconds` by stage, `reused` names those that were not run again.
+
+    A result is kept as FOLDER/NAME-KEY with its own SHA-256 in front; KEY is a digest of the stage's inputs, so that a
+    changed input, like a damaged file, leads to a new run.
+    """
+
+    def __init__(self, folder: Path, *, resume: bool) -> None:
+        self.folder = folder
+        self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
+        if not resume:
+            shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def run(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], bytes]) -> bytes:
+        """The result of the stage: read back if it is there, else computed and kept."""
+        path = self.folder / f"{name}-{digest(inputs)[:16]}"
+        started = time.perf_counter()
+        content = _read(path)
+        if content is None:
+            content = compute()
+            for old in self.folder.glob(f"{name}-*"):
+                old.unlink()
+            write_atomically(path, hashlib.sha256(content).digest() + content)
+        else:
+            self.reused.append(name)
+            logger.info("%s: reused", name)
+        self.seconds[name] = time.perf_counter() - started
+        return content
+
+    def run_json(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
+        """`run` for a result that JSON can hold."""
+        return json.loads(self.run(name, inputs, lambda: json.dumps(compute()).encode()))
+
+
+def _read(path: Path) -> bytes | None:
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        logger.warning("%s is damaged and computed anew", path)
+        return None
+    return content[32:]
+
+
+def digest(inputs: Mapping[str, Any]) -> str:
+    """A SHA-256 of JSON-like inputs."""
+    return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def model_digest(model: nn.Module) -> str:
+    """A SHA-256 of a model's parameters and buffers."""
+    return tensors_digest(tensor for _, tensor in sorted(model.state_dict().items()))
+
+
+def tensors_digest(tensors: Any) -> str:
+    """A SHA-256 of tensors' shapes and values."""
+    result = hashlib.sha256()
+    for tensor in tensors:
+        flat = tensor.detach().cpu().contiguous().view(-1)
+        result.update(f"{tensor.dtype}{tuple(tensor.shape)}".encode())
+        result.update(flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b"")
+    return result.hexdigest()

@@ -1,0 +1,133 @@
+"""A quantized model as a packed safetensors file, and back."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from hawq.fold import folded
+from hawq.graph import find_layers, get_tensor
+from hawq.model import QuantizedModel, build
+from hawq.packing import pack, unpack
+from hessian.files import write_atomically
+
+FILE_NAME = "model.safetensors"
+_FORMAT = "hessianware.quantized-model"
+_VERSION = 1
+_ACTIVATION_SCALES = "activations.scale"
+_ACTIVATION_ZERO_POINTS = "activations.zero_point"
+
+
+def save(model: QuantizedModel, folder: str | os.PathLike[str]) -> None:
+    """Write `folder`/model.safetensors, atomically.
+
+    For each layer: its codes as bit planes (see `hawq.packing`), scales and bias; the activations' scales and zero
+    points; every other tensor of the network as it is. The metadata hold widths, names and a SHA-256 of the contents.
+    """
+    write_atomically(Path(folder) / FILE_NAME, to_bytes(model))
+
+
+def to_bytes(model: QuantizedModel) -> bytes:
+    """The contents of the file that `save` writes."""
+    tensors: dict[str, torch.Tensor] = {}
+    for name, layer in model.layers().items():
+        tensors[f"{name}.codes"] = pack(layer.codes, layer.bits)
+        tensors[f"{name}.scale"] = layer.scale
+        if layer.bias is not None:
+            tensors[f"{name}.bias"] = layer.bias
+    quantizers = list(model.quantizers().values())
+    if quantizers:
+        tensors[_ACTIVATION_SCALES] = torch.stack([module.scale for module in quantizers])
+        tensors[_ACTIVATION_ZERO_POINTS] = torch.stack([module.zero_point for module in quantizers])
+    tensors |= {name: get_tensor(model, name) for name in _other_tensors(model)}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    description = {
+        "bits": model.bits,
+        "activation_bits": model.activation_bits,
+        "quantizers": list(model.quantizers()),
+        "example_shape": list(model.example.shape),
+        "example_dtype": str(model.example.dtype).removeprefix("torch."),
+    }
+    text = json.dumps(description, separators=(",", ":"))
+    metadata = {"format": _FORMAT, "version": str(_VERSION), "model": text, "sha256": _digest(text, tensors)}
+    return safetensors.torch.save(tensors, metadata)
+
+
+def load(folder: str | os.PathLike[str], model: nn.Module) -> QuantizedModel:
+    """The quantized model that `save` wrote; `model` is the float network's architecture, its weights do not matter.
+
+    Raises ValueError for a file that is missing, truncated, tampered with or of another version, and for one that does
+    not belong to `model`.
+    """
+    path = Path(folder) / FILE_NAME
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist")
+    return from_bytes(path.read_bytes(), model, str(path))
+
+
+def from_bytes(content: bytes, model: nn.Module, path: str = "the file") -> QuantizedModel:
+    """The model of a file's contents; `path` names the file in errors. See `load`."""
+    metadata, tensors = _read(content, path)
+    description = json.loads(metadata["model"])
+    example = torch.zeros(description["example_shape"], dtype=getattr(torch, description["example_dtype"]))
+    graph = folded(model, example)
+    bits: dict[str, int] = description["bits"]
+    layers = find_layers(graph)
+    rounded = {}
+    for name, width in bits.items():
+        if name not in layers:
+            raise ValueError(f"{path} is of another network: this one has no layer {name!r}")
+        shape = tuple(get_tensor(graph, layers[name].weight).shape)
+        try:
+            rounded[name] = unpack(tensors[f"{name}.codes"], width, shape), tensors[f"{name}.scale"]
+        except ValueError as error:
+            raise ValueError(f"{path} is of another network: layer {name!r}: {error}") from error
+    result = build(graph, rounded, bits, description["activation_bits"], example)
+    if list(result.quantizers()) != description["quantizers"]:
+        raise ValueError(f"{path} is of another network: its activations are rounded in other places")
+    for index, quantizer in enumerate(result.quantizers().values()):
+        quantizer.scale, quantizer.zero_point = tensors[_ACTIVATION_SCALES][index], tensors[_ACTIVATION_ZERO_POINTS][index]
+    sources = result.input_quantizers()
+    for name, layer in result.layers().items():
+        layer.bias = tensors.get(f"{name}.bias")
+        if layer.bias is not None and name in sources:
+            layer.bias_scale = get_tensor(result, f"{sources[name]}.scale") * layer.scale
+    with torch.no_grad():
+        for name in _other_tensors(result):
+            get_tensor(result, name).copy_(tensors[name])
+    return result
+
+
+def _other_tensors(model: QuantizedModel) -> list[str]:
+    """Names of the tensors that belong neither to a quantized layer nor to a quantizer."""
+    owned = {f"{name}.{part}" for name in model.bits for part in ("codes", "scale", "bias", "bias_scale")}
+    everything = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
+    return [name for name in everything if name not in owned and not name.startswith("activation_quantizers.")]
+
+
+def _read(content: bytes, path: str) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
+    try:
+        tensors = safetensors.torch.load(content)
+        length = int.from_bytes(content[:8], "little")  # of the header, which `load` has found to be sound
+        metadata: Mapping[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+    except SafetensorError as error:
+        raise ValueError(f"{path} is truncated or damaged: {error}") from error
+    if (metadata.get("format"), metadata.get("version")) != (_FORMAT, str(_VERSION)):
+        raise ValueError(f"{path} is not a quantized model of version {_VERSION}: quantize the network anew")
+    if metadata.get("sha256") != _digest(metadata.get("model", ""), tensors):
+        raise ValueError(f"{path} was changed after it was written: its contents do not match its checksum")
+    return metadata, tensors
+
+
+def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")
+    return digest.hexdigest()

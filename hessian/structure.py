@@ -1,0 +1,174 @@
+"""Reads the autograd graph: is the network piecewise linear in each weight, and where is the weight used?
+
+Where the outputs are piecewise linear in one parameter tensor, their second derivative in it is zero almost
+everywhere, so the parameter's diagonal block of the Hessian *equals* its Gauss-Newton block.
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.autograd.graph import Node
+
+# fmt: off
+# What each autograd node computes, as a function of its differentiable inputs. Anything not listed counts as curved.
+_LINEAR = frozenset(
+    (
+        "AdaptiveAvgPool1D", "AdaptiveAvgPool2D", "AdaptiveAvgPool3D", "Add", "Alias", "AsStrided", "AvgPool2D",
+        "AvgPool3D", "Cat", "Clone", "ConstantPadNd", "Copy", "Diagonal", "Expand", "Flip", "Gather", "Index",
+        "IndexSelect", "Mean", "MkldnnAdaptiveAvgPool2D", "Narrow", "NativeDropout", "Neg", "Permute", "PixelShuffle",
+        "ReflectionPad1D", "ReflectionPad2D", "ReplicationPad1D", "ReplicationPad2D", "Reshape", "ReshapeAlias", "Roll",
+        "Select", "Slice", "Split", "SplitWithSizes", "Squeeze", "Stack", "Sub", "Sum", "T", "ToCopy", "Transpose",
+        "Unbind", "Unfold", "UnsafeSplit", "UnsafeView", "Unsqueeze", "UpsampleBicubic2D", "UpsampleBilinear2D",
+        "UpsampleLinear1D", "UpsampleNearest1D", "UpsampleNearest2D", "View",
+    )
+)
+_PIECEWISE_LINEAR = frozenset(
+    (
+        "Abs", "AdaptiveMaxPool2D", "Amax", "Amin", "Clamp", "ClampMax", "ClampMin", "Hardtanh", "LeakyRelu",
+        "MaskedFill", "Max", "MaxPool2DWithIndices", "MaxPool3DWithIndices", "Maximum", "Min", "Minimum", "Relu",
+        "Rrelu", "Threshold", "Where",
+    )
+)
+# Products of several inputs: linear in each, not in two at once.
+_MULTILINEAR = frozenset(
+    (
+        "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "ConvDepthwise2D", "Embedding", "Linear", "Mkldnn_Convolution",
+        "Mm", "Mul", "Mv", "Prelu", "PreluKernel", "SlowConv2D", "ThnnConv2D",
+    )
+)
+# fmt: on
+_WITH_RUNNING_STATISTICS = frozenset(("NativeBatchNorm", "NativeBatchNormLegitNoTraining", "CudnnBatchNorm"))
+_TRANSPOSITIONS = frozenset(("T", "Transpose"))
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """The one place where a parameter enters the network: input number `slot` of an autograd node."""
+
+    node: Node
+    slot: int
+
+    @property
+    def operation(self) -> str:
+        return operation(self.node)
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """What the autograd graph proves of one parameter.
+
+    piecewise_linear: the outputs are piecewise linear in it. reason: why not, where it is not. use: the node it enters,
+    where there is exactly one.
+    """
+
+    piecewise_linear: bool
+    reason: str
+    use: WeightUse | None
+
+
+def operation(node: Node) -> str:
+    """An autograd node's operation: "ConvolutionBackward0" is "Convolution"."""
+    return re.sub(r"(Backward)?\d*$", "", node.name().split("::")[-1])
+
+
+def certify(outputs: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, Certificate]:
+    """One certificate for each parameter, from the graph that computed `outputs`.
+
+    A node's dependence on the parameters is a bit mask, propagated from the leaves to the outputs; a node that is not
+    linear in the inputs that depend on a parameter breaks that parameter's certificate.
+    """
+    names = list(parameters)
+    bit = {id(parameter): 1 << index for index, parameter in enumerate(parameters.values())}
+    reasons: dict[str, str] = {}
+    depends: dict[Node, int] = {}
+    uses: dict[str, list[WeightUse]] = {name: [] for name in names}
+    carried: dict[Node, int] = {}  # parameters of which the node is a mere transposition
+    for node in _inputs_first(outputs):
+        if hasattr(node, "variable"):
+            depends[node] = carried[node] = bit.get(id(node.variable), 0)
+            continue
+        masks = [depends[source] if source is not None else 0 for source, _ in node.next_functions]
+        depends[node] = _union(masks)
+        for index in _bits(_curved_in(node, masks)):
+            reasons.setdefault(names[index], f"{operation(node)} is not linear in it")
+        for slot, (source, _) in enumerate(node.next_functions):
+            whole = carried.get(source, 0) if source is not None else 0
+            if whole and operation(node) in _TRANSPOSITIONS:
+                carried[node] = whole
+            else:
+                for index in _bits(whole):
+                    uses[names[index]].append(WeightUse(node, slot))
+    reached = depends.get(outputs.grad_fn, 0) if outputs.grad_fn is not None else 0
+    certificates = {}
+    for index, name in enumerate(names):
+        if not reached >> index & 1:
+            certificates[name] = Certificate(True, "the outputs do not depend on it", None)
+            continue
+        reason = reasons.get(name, "")
+        use = uses[name][0] if len(uses[name]) == 1 else None
+        if not reason and use is None:
+            reason = f"it is used {len(uses[name])} times"
+        certificates[name] = Certificate(name not in reasons, reason, use)
+    return certificates
+
+
+def _curved_in(node: Node, masks: list[int]) -> int:
+    """The parameters in which this node, with its inputs depending on them as in `masks`, is not piecewise linear."""
+    kind = operation(node)
+    if kind in _LINEAR or kind in _PIECEWISE_LINEAR:
+        return 0
+    if kind in _WITH_RUNNING_STATISTICS and not getattr(node, "_saved_training", False):
+        return _shared(masks[:2])  # the shift is added
+    if kind == "Convolution":
+        return _shared(masks[:2])  # the bias is added
+    if kind in _MULTILINEAR:
+        return _shared(masks[1:] if kind.startswith(("Add", "Badd")) else masks)
+    if kind == "Div":
+        return _union(masks[1:])  # linear in the numerator alone
+    return _union(masks)
+
+
+def _inputs_first(outputs: torch.Tensor) -> Iterator[Node]:
+    """Every node of the graph, each after the nodes that it takes its inputs from."""
+    if outputs.grad_fn is None:
+        return
+    done: set[Node] = set()
+    stack: list[tuple[Node, bool]] = [(outputs.grad_fn, False)]
+    while stack:
+        node, expanded = stack.pop()
+        if node in done:
+            continue
+        if expanded:
+            done.add(node)
+            yield node
+            continue
+        stack.append((node, True))
+        stack.extend((source, False) for source, _ in node.next_functions if source is not None and source not in done)
+
+
+def _union(masks: list[int]) -> int:
+    result = 0
+    for mask in masks:
+        result |= mask
+    return result
+
+
+def _shared(masks: list[int]) -> int:
+    """The bits that are set in two or more masks."""
+    seen = shared = 0
+    for mask in masks:
+        shared |= seen & mask
+        seen |= mask
+    return shared
+
+
+def _bits(mask: int) -> Iterator[int]:
+    index = 0
+    while mask:
+        if mask & 1:
+            yield index
+        mask >>= 1
+        index += 1
