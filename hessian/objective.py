@@ -50,7 +50,7 @@ class Objective:
         count = 0
         for batch in self.data:
             count += 1
-            yield _to(batch, device)
+            yield map_tensors(lambda tensor: tensor.to(device), batch)
         if count == 0:
             raise ValueError("the data is empty: there is no batch to compute a loss on")
 
@@ -85,7 +85,8 @@ class Objective:
         if self.items is not None:
             return float(self.items(batch))
         targets = self.targets(batch)
-        if isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and not targets.is_floating_point():
+        classes = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
+        if isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and classes:
             valid = targets[targets != self.loss.ignore_index]
             if self.loss.weight is not None:
                 return float(self.loss.weight[valid].sum())
@@ -167,13 +168,15 @@ def _count_examples(batch: Any) -> int:
     raise ValueError(f"cannot count the examples of a {type(batch).__name__}: pass items=lambda batch: ...")
 
 
-def _to(batch: Any, device: torch.device) -> Any:
+def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
+    """The batch with `function` applied to every tensor in it; dicts, tuples (named ones too) and lists are followed."""
     if isinstance(batch, torch.Tensor):
-        return batch.to(device)
+        return function(batch)
     if isinstance(batch, Mapping):
-        return {key: _to(part, device) for key, part in batch.items()}
+        return {key: map_tensors(function, part) for key, part in batch.items()}
     if isinstance(batch, tuple | list):
-        return type(batch)(_to(part, device) for part in batch)
+        parts = [map_tensors(function, part) for part in batch]
+        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
     return batch
 
 

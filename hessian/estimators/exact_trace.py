@@ -8,6 +8,7 @@ A the loss's second derivative in them. With A_n = sum_c s_nc v_nc v_nc^T / |s_n
 one backward pass to the layers' outputs for each c, and per-example gradient norms there.
 """
 
+import copy
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 
 from hessian.estimators.per_example import is_supported, squared_gradient_norms
-from hessian.objective import Objective
+from hessian.objective import Objective, map_tensors
 from hessian.structure import WeightUse, certify
 
 MAX_OUTPUTS = 64  # above, one backward for each output costs more than sampling
@@ -74,8 +75,8 @@ def batch_traces(
 
 def _cotangents(objective: Objective, outputs: torch.Tensor, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
     """Scaled eigenvectors of the loss's output Hessian, example by example: (C, *outputs.shape), and signs (C, N)."""
-    leaf = outputs.detach().requires_grad_(True)
-    (gradient,) = torch.autograd.grad(objective.batch_loss(leaf, batch), leaf, create_graph=True)
+    leaf, loss = _loss_in_double(objective, outputs, batch)
+    (gradient,) = torch.autograd.grad(loss, leaf, create_graph=True)
     width = leaf[0].numel()
     if not gradient.requires_grad:  # a loss that is linear in the outputs has no curvature in them
         return outputs.new_zeros((0, *outputs.shape)), outputs.new_zeros((0, len(outputs)))
@@ -90,10 +91,29 @@ def _cotangents(objective: Objective, outputs: torch.Tensor, batch: object) -> t
     expected = torch.einsum("nij,nj->ni", blocks, probe)
     if not torch.allclose(product(probe), expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max())):
         raise NotExactError("the loss of one example depends on other examples' outputs")
-    values, vectors = torch.linalg.eigh(blocks.double())
+    values, vectors = torch.linalg.eigh(blocks)
     kept = values.abs().amax(0) > 1e-12 * values.abs().max()
     scaled = (vectors * values.abs().sqrt().unsqueeze(1))[:, :, kept]  # (N, width, C)
     return scaled.permute(2, 0, 1).reshape(-1, *outputs.shape).to(outputs.dtype), values[:, kept].sign().T
+
+
+def _loss_in_double(objective: Objective, outputs: torch.Tensor, batch: object) -> tuple[torch.Tensor, torch.Tensor]:
+    """A copy of the outputs and the loss of it, in float64 if the loss works there.
+
+    Near a minimum the second derivatives are differences of nearly equal numbers (p - p^2 with p close to 1).
+    """
+    loss = copy.deepcopy(objective.loss).double() if isinstance(objective.loss, nn.Module) else objective.loss
+    in_double = Objective(objective.model, loss, objective.data, forward=objective.forward, items=objective.items)
+    leaf = outputs.detach().double().requires_grad_(True)
+    try:
+        return leaf, in_double.batch_loss(leaf, map_tensors(_to_double, batch))
+    except RuntimeError:  # a loss that holds on to tensors of another precision
+        leaf = outputs.detach().requires_grad_(True)
+        return leaf, objective.batch_loss(leaf, batch)
+
+
+def _to_double(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.double() if tensor.is_floating_point() else tensor
 
 
 def _check_independence(outputs: torch.Tensor, edges: list[GradientEdge], num_examples: int) -> None:

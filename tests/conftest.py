@@ -1,0 +1,35 @@
+"""Shared fixtures; a cache folder of the test run's own, so that nothing in the user's is touched."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import hessian
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    folder = tmp_path_factory.mktemp("cache")
+    old = os.environ.get("HESSIANWARE_CACHE")
+    os.environ["HESSIANWARE_CACHE"] = str(folder)
+    yield folder
+    if old is None:
+        del os.environ["HESSIANWARE_CACHE"]
+    else:
+        os.environ["HESSIANWARE_CACHE"] = old
+
+
+@pytest.fixture(scope="session")
+def resnet20(cache: Path) -> hessian.Task:
+    """The trained digits-resnet20; tests must not change it."""
+    assert cache.is_dir()
+    return hessian.load_task("digits-resnet20")
+
+
+@pytest.fixture(scope="session")
+def mobilenet(cache: Path) -> hessian.Task:
+    """The trained digits-mobilenet; tests must not change it."""
+    assert cache.is_dir()
+    return hessian.load_task("digits-mobilenet")

@@ -1,0 +1,231 @@
+"""Layer traces: exact ones against dense float64 blocks, sampled ones within their own standard error."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import hessian
+from hessian.results import LayerReport
+from hessian.structure import certify
+from tests.cases import ConvNet, SequenceNet, SmoothNet, classification, seeded
+from tests.oracles import assert_unchanged, block_traces, dense_hessian, snapshot
+
+
+def truth(model: nn.Module, loss, data, names) -> dict[str, float]:
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in set(names)}
+    return block_traces(dense_hessian(model, lambda m: loss(m(data[0]), data[1]), list(sizes)), sizes)
+
+
+LOSSES = {
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "label smoothing": nn.CrossEntropyLoss(label_smoothing=0.2),
+    "class weights": nn.CrossEntropyLoss(weight=torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)),
+    "ignore_index": nn.CrossEntropyLoss(ignore_index=1),
+    "sum": nn.CrossEntropyLoss(reduction="sum"),
+    "squared": lambda outputs, targets: (outputs - F.one_hot(targets, 3)).square().mean(),
+    "not convex in the outputs": lambda outputs, targets: (outputs * F.one_hot(targets, 3)).tanh().square().mean(),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+@pytest.mark.parametrize(("build", "shape"), [(ConvNet, (6, 1, 9, 7)), (SequenceNet, (6, 8, 3))], ids=["cnn", "sequence"])
+def test_exact_traces_equal_the_dense_blocks(build, shape, loss):
+    model, data = seeded(build), classification(*shape)
+    report = hessian.layer_report(model, loss, data, method="exact")
+    expected = truth(model, loss, data, report)
+    assert set(report) == {name for name, _ in model.named_parameters()}
+    for name, row in report.items():
+        assert row.exact
+        assert row.trace_stderr == 0.0
+        assert row.trace == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+
+
+def test_ragged_batches_give_the_same_traces():
+    model, data, loss = seeded(ConvNet), classification(7, 1, 8, 8), nn.CrossEntropyLoss()
+    whole = hessian.layer_report(model, loss, data, method="exact")
+    batches = [(data[0][:5], data[1][:5]), (data[0][5:], data[1][5:])]
+    parts = hessian.layer_report(model, loss, batches, method="exact")
+    for name in whole:
+        assert parts[name].trace == pytest.approx(whole[name].trace, rel=1e-9)
+
+
+def test_curved_parameters_are_sampled_and_the_others_exact():
+    model, data, loss = seeded(SmoothNet), classification(8, 4), nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(0)
+    report = hessian.layer_report(model, loss, data, rtol=0.0, max_probes=512, generator=generator)
+    expected = truth(model, loss, data, report)
+    assert [name for name, row in report.items() if row.exact] == ["last.weight", "last.bias"]
+    assert "Gelu is not linear" in report["norm.weight"].reason or "LayerNorm" in report["norm.weight"].reason
+    assert report.num_matvecs == 512
+    for name, row in report.items():
+        if row.exact:
+            assert row.trace == pytest.approx(expected[name], rel=1e-9)
+        else:
+            assert abs(row.trace - expected[name]) <= 4 * row.trace_stderr
+
+
+def test_standard_errors_cover_the_truth_as_often_as_they_should():
+    model, data, loss = seeded(SmoothNet), classification(8, 4), nn.CrossEntropyLoss()
+    expected = truth(model, loss, data, [name for name, _ in model.named_parameters()])
+    hits = {name: 0 for name in expected}
+    seeds = 200
+    for seed in range(seeds):
+        generator = torch.Generator().manual_seed(seed)
+        report = hessian.layer_report(
+            model, loss, data, method="hutchinson", rtol=0.0, max_probes=32, generator=generator
+        )
+        for name, row in report.items():
+            hits[name] += abs(row.trace - expected[name]) <= 2.04 * row.trace_stderr  # t, 31 degrees of freedom, 95%
+    for name, count in hits.items():
+        assert 0.88 <= count / seeds <= 0.995, name  # 95% give or take three binomial deviations and skewness
+
+
+def test_sampling_stops_at_the_asked_error():
+    model, data, loss = seeded(SmoothNet), classification(8, 4), nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(3)
+    report = hessian.layer_report(model, loss, data, "last.weight", method="hutchinson", rtol=0.1, max_probes=5000, generator=generator)
+    row = report["last.weight"]
+    assert row.trace_stderr <= 0.1 * row.trace
+    assert report.num_matvecs < 5000
+
+
+class Shared(nn.Module):
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        hidden = self.one(x)
+        match self.how:
+            case "twice in a row":
+                hidden = self.one(F.relu(hidden))
+            case "twice in parallel":
+                hidden = F.relu(hidden) + self.one(-x)
+            case "squared":
+                hidden = hidden * hidden
+            case "gated":
+                hidden = hidden * torch.sigmoid(x)
+            case "self-gated":
+                hidden = hidden * torch.sigmoid(hidden)
+            case "divided by":
+                hidden = 1 / (3 + hidden.abs())
+            case "batch mean taken off":
+                hidden = hidden - hidden.mean(0)
+            case "rolled over the batch":
+                hidden = F.relu(hidden).roll(1, 0)
+            case "detached":
+                hidden = hidden.detach()
+        return self.two(hidden)
+
+
+@pytest.mark.parametrize(
+    ("how", "exact"),
+    [
+        ("once", True),
+        ("twice in a row", False),
+        ("twice in parallel", False),
+        ("squared", False),
+        ("gated", True),
+        ("self-gated", False),
+        ("divided by", False),
+        ("detached", True),
+    ],
+)
+def test_exactness_is_claimed_only_where_it_holds(how, exact):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Shared(how).double()
+    data, loss = classification(6, 4), nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(0)
+    report = hessian.layer_report(model, loss, data, generator=generator, max_probes=16)
+    assert report["one.weight"].exact is exact
+    expected = truth(model, loss, data, report)
+    for name, row in report.items():
+        if row.exact:
+            assert row.trace == pytest.approx(expected[name], rel=1e-9, abs=1e-12), name
+
+
+@pytest.mark.parametrize("how", ["batch mean taken off", "rolled over the batch"])
+def test_examples_that_depend_on_each_other_are_noticed(how):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Shared(how).double()
+    with pytest.raises(ValueError, match="depend on other examples"):
+        hessian.layer_report(model, nn.CrossEntropyLoss(), classification(6, 4), "one.weight", method="exact")
+
+
+def test_a_loss_that_couples_examples_is_noticed():
+    def contrastive(outputs, targets):
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(targets)))
+
+    with pytest.raises(ValueError, match="depends on other examples' outputs"):
+        hessian.layer_report(Shared("once").double(), contrastive, classification(6, 4), method="exact")
+
+
+def test_train_mode_batch_norm_is_not_exact():
+    model, data = seeded(ConvNet).train(), classification(6, 1, 8, 8)
+    with pytest.raises(ValueError, match=r"'stem\.weight' is not exact: NativeBatchNorm is not linear in it"):
+        hessian.layer_report(model, nn.CrossEntropyLoss(), data, method="exact")
+
+
+def test_certificates_name_the_reason():
+    model = seeded(SmoothNet)
+    certificates = certify(model(classification(3, 4)[0]), dict(model.named_parameters()))
+    assert certificates["last.weight"].piecewise_linear
+    assert certificates["last.weight"].use is not None
+    assert certificates["last.weight"].use.operation == "Addmm"
+    assert not certificates["first.weight"].piecewise_linear
+    assert "LayerNorm" in certificates["first.weight"].reason
+
+
+def test_many_outputs_are_sampled():
+    model = nn.Linear(3, 100).double()
+    data = classification(4, 3, classes=100)
+    report = hessian.layer_report(model, nn.CrossEntropyLoss(), data, max_probes=8, generator=torch.Generator().manual_seed(0))
+    assert not report["weight"].exact
+    assert "100 outputs an example" in report["weight"].reason
+
+
+def test_the_model_is_left_alone():
+    model, data = seeded(ConvNet), classification(4, 1, 8, 8)
+    model.stem.weight.requires_grad_(False)
+    before, state = snapshot(model), torch.get_rng_state()
+    hessian.layer_report(model, nn.CrossEntropyLoss(), data, "*weight")
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_reports_round_trip(tmp_path):
+    report = hessian.layer_report(seeded(ConvNet), nn.CrossEntropyLoss(), classification(4, 1, 8, 8))
+    report.save(tmp_path / "layers.json")
+    loaded = LayerReport.load(tmp_path / "layers.json")
+    assert dict(loaded) == dict(report)
+    assert "stem.weight" in repr(report)
+    assert report._repr_html_().count("<tr>") == len(report) + 1
+    (tmp_path / "other.json").write_text('{"format": "something else", "version": 1}')
+    with pytest.raises(ValueError, match="no layer report"):
+        LayerReport.load(tmp_path / "other.json")
+
+
+def test_traces_of_the_trained_network_equal_per_example_autograd(resnet20):
+    """tr(G) = (1/N) sum_n sum_c p_nc |d log p_c / dW|^2, with one backward pass for every example and class."""
+    images, targets = resnet20.train.tensors[0][:8], resnet20.train.tensors[1][:8]
+    names = ["conv1.weight", "layer2.0.downsample.0.weight", "layer3.2.conv2.weight", "fc.weight"]
+    report = hessian.layer_report(resnet20.model, resnet20.loss, (images, targets), names, method="exact")
+    parameters = [dict(resnet20.model.named_parameters())[name] for name in names]
+    expected = torch.zeros(len(names), dtype=torch.float64)
+    for image in images:
+        log_p = resnet20.model(image[None]).log_softmax(1)[0]
+        for value in log_p:
+            gradients = torch.autograd.grad(value, parameters, retain_graph=True)
+            expected += value.exp().item() * torch.stack([g.double().square().sum() for g in gradients]) / len(images)
+    for name, value in zip(names, expected.tolist(), strict=True):
+        assert report[name].trace == pytest.approx(value, rel=1e-4)
+
+
+def test_unknown_method():
+    with pytest.raises(ValueError, match="'exakt' is none of"):
+        hessian.layer_report(seeded(SmoothNet), nn.CrossEntropyLoss(), classification(3, 4), method="exakt")
