@@ -4,18 +4,17 @@ import torch
 from torch import fx
 
 from hawq.graph import only_user
-from hawq.layers import ActivationQuantizer
+from hawq.layers import QUANTIZERS, ActivationQuantizer
 
 aten = torch.ops.aten
-QUANTIZERS = "activation_quantizers"
 
-# Operations that fuse into the layer or addition before them; a range that starts at 0 does their clipping.
-_FUSED = frozenset((aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default))
-# Operations that only move or choose values (or insert zeros): they keep the scale of their input.
+# Operations that clip; those that clip at 0 from below fuse into the layer or addition before them, whose range then
+# starts at 0 and does the clipping.
+_CLIPPING = frozenset((aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default))
+# Operations that only move or choose values: they keep the scale of their input, as padding with zeros does.
 _MOVING = frozenset(
     (
         aten.clone.default,
-        aten.constant_pad_nd.default,
         aten.contiguous.default,
         aten.dropout.default,
         aten.flatten.using_ints,
@@ -77,7 +76,28 @@ def _integer_nodes(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> set[fx.
 
 
 def _is_follower(node: fx.Node) -> bool:
-    return node.op == "call_function" and (node.target in _FUSED or node.target in _MOVING)
+    return _fuses(node) or _moves(node)
+
+
+def _fuses(node: fx.Node) -> bool:
+    if node.op != "call_function" or node.target not in _CLIPPING:
+        return False
+    if node.target in (aten.relu.default, aten.relu6.default):
+        return True
+    low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", -1.0 if node.target is aten.hardtanh.default else None)
+    return isinstance(low, int | float) and low == 0
+
+
+def _moves(node: fx.Node) -> bool:
+    if node.op != "call_function":
+        return False
+    if node.target is aten.pad.default:
+        mode = node.args[2] if len(node.args) > 2 else node.kwargs.get("mode", "constant")
+        value = node.args[3] if len(node.args) > 3 else node.kwargs.get("value")
+        return mode != "constant" or not value
+    if node.target is aten.constant_pad_nd.default:
+        return not (node.args[2] if len(node.args) > 2 else node.kwargs.get("value"))
+    return node.target in _MOVING
 
 
 def _is_addition(node: fx.Node) -> bool:
@@ -90,10 +110,10 @@ def _is_linear(graph: fx.GraphModule, node: fx.Node) -> bool:
 
 def _after_activation(node: fx.Node) -> fx.Node:
     user = only_user(node)
-    return user if user is not None and user.op == "call_function" and user.target in _FUSED else node
+    return user if user is not None and _fuses(user) else node
 
 
 def _unmoved(node: fx.Node) -> fx.Node:
-    while node.op == "call_function" and node.target in _MOVING:
+    while _moves(node):
         node = node.args[0]  # type: ignore[assignment]
     return node

@@ -8,6 +8,12 @@ with rounding to nearest, ties to even.
 import torch
 
 
+def check_width(bits: int) -> None:
+    """Raise ValueError unless `bits` is a width that weights can have."""
+    if not isinstance(bits, int) or not 2 <= bits <= 8:
+        raise ValueError(f"a width of {bits} bits: weights take whole numbers from 2 to 8")
+
+
 def signed_range(bits: int) -> tuple[int, int]:
     """qmin and qmax of a signed integer: -2^(b-1) and 2^(b-1) - 1."""
     return -(2 ** (bits - 1)), 2 ** (bits - 1) - 1

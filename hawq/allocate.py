@@ -16,8 +16,7 @@ from hawq.allocation import Allocation, BudgetUse
 
 Table = Mapping[str, Mapping[int, float]]
 
-# HiGHS proves optimality to an absolute 1e-6: the objective is scaled so that this is nothing beside it.
-_OBJECTIVE_SCALE = 1e5
+_OBJECTIVE_SCALE = 1e5  # of the largest entry, where HiGHS proves to an absolute 1e-6
 _MAX_CUTS = 100
 
 
@@ -86,7 +85,12 @@ def _check_budgets(table: Table, budgets: Sequence[Budget]) -> None:
     if len(set(names)) < len(names):
         raise ValueError(f"two budgets have the same name: {', '.join(names)}")
     for budget in budgets:
+        if not np.isfinite(budget.limit):
+            raise ValueError(f"budget {budget.name!r} has the limit {budget.limit}: give a finite number")
         for name, widths in table.items():
+            for bits in widths:
+                if not np.isfinite(budget.costs.get(name, {}).get(bits, 0.0)):
+                    raise ValueError(f"budget {budget.name!r}: the cost of layer {name!r} at {bits} bits is not finite")
             missing = [bits for bits in widths if bits not in budget.costs.get(name, {})]
             if missing:
                 raise ValueError(f"budget {budget.name!r} has no cost for layer {name!r} at {missing[0]} bits")
@@ -118,22 +122,42 @@ class _Program:
         return LinearConstraint(csr_array((np.ones(count), (self.owners, np.arange(count))), shape=shape), 1, 1)
 
     def solve(self) -> tuple[list[tuple[tuple[str, ...], int]], float]:
-        """The chosen (group, bits) and the relative gap to the proven bound."""
+        """The chosen (group, bits) and the relative gap to the proven bound.
+
+        HiGHS proves optimality to an absolute 1e-6. So that this is nothing beside the total, whatever the range of the
+        table, choices that alone exceed the best total found are excluded and the rest is scaled and solved again.
+        """
+        least = np.full(self.owners.max() + 1, np.inf)
+        np.minimum.at(least, self.owners, self.omega)
+        excess = self.omega - least[self.owners]
+        allowed = np.ones(len(excess), dtype=bool)
+        while True:
+            scale = _OBJECTIVE_SCALE / (excess[allowed].max() or 1.0)
+            chosen, bound = self._solve_scaled(np.where(allowed, excess, 0.0) * scale, allowed)
+            total = excess[chosen].sum()
+            hopeless = allowed & (excess > total)
+            if not hopeless.any():
+                break
+            allowed &= ~hopeless
+        objective = float(self.omega[chosen].sum())
+        gap = max(0.0, float(total) - bound / scale) / max(abs(objective), 1e-300)
+        return [self.choices[position] for position in chosen], gap
+
+    def _solve_scaled(self, objective: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float]:
+        """Positions of the choices with the least objective among those allowed, and the proven lower bound."""
         limits = np.array([budget.limit for budget in self.budgets], dtype=float)
+        tolerated = limits + 1e-12 * np.abs(limits)  # costs in fractions do not add up to the last digit
         units = np.array([_unit(row) for row in self.costs])
-        objective = self.omega * (_OBJECTIVE_SCALE / (np.abs(self.omega).max() or 1.0))
         constraints = [self.one_width_each()]
         if len(self.budgets):
-            constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, limits / units))
+            constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, tolerated / units))
         for _ in range(_MAX_CUTS):
-            result = _milp(objective, constraints)
+            result = _milp(objective, constraints, allowed.astype(float))
             if result.x is None:
                 raise ValueError(self.why_infeasible())
             chosen = np.flatnonzero(result.x > 0.5)
-            if all(self.costs[index, chosen].sum() <= limit for index, limit in enumerate(limits)):
-                total = float(objective[chosen].sum())
-                gap = max(0.0, total - result.mip_dual_bound) / max(abs(total), 1e-300)
-                return [self.choices[position] for position in chosen], float(gap)
+            if all(self.costs[index, chosen].sum() <= limit for index, limit in enumerate(tolerated)):
+                return chosen, float(result.mip_dual_bound)
             # Within the solver's tolerance, but over a limit in exact arithmetic: exclude this very assignment.
             cut = np.zeros((1, len(self.choices)))
             cut[0, chosen] = 1.0
@@ -158,7 +182,10 @@ class _Program:
         within = LinearConstraint(np.hstack([self.costs / sizes[:, None], -np.ones((len(limits), 1))]), -np.inf, limits / sizes)
         objective = np.zeros(len(self.choices) + 1)
         objective[-1] = 1.0
-        excess = float(_milp(objective, [self.one_width_each(spare_columns=1), within], continuous=1).fun)
+        upper = np.ones(len(objective))
+        upper[-1] = np.inf
+        constraints = [self.one_width_each(spare_columns=1), within]
+        excess = float(_milp(objective, constraints, upper, continuous=1).fun)
         names = " and ".join(f"{budget.name!r} ({budget.limit:,.10g})" for budget in self.budgets)
         return f"budgets {names} can each be kept, but not together: the nearest widths exceed one of them by {excess:.2%}"
 
@@ -171,13 +198,11 @@ def _unit(costs: np.ndarray) -> float:
     return float(np.abs(costs).max()) or 1.0
 
 
-def _milp(objective: np.ndarray, constraints: list[LinearConstraint], continuous: int = 0) -> OptimizeResult:
-    """HiGHS with a gap of zero; the last `continuous` variables are real and unbounded above, the others binary."""
+def _milp(objective: np.ndarray, constraints: list[LinearConstraint], upper: np.ndarray, continuous: int = 0) -> OptimizeResult:
+    """HiGHS with a gap of zero, variables from 0 to `upper`; the last `continuous` are real, the others whole."""
     integrality = np.ones(len(objective), dtype=int)
-    upper = np.ones(len(objective))
     if continuous:
         integrality[-continuous:] = 0
-        upper[-continuous:] = np.inf
     return milp(
         objective,
         constraints=constraints,

@@ -11,29 +11,30 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from hawq.graph import get_tensor
-from hawq.layers import ActivationQuantizer, QuantizedLayer, input_quantizer
+from hawq.layers import LAYERS, ActivationQuantizer, QuantizedLayer, channel_dim, input_quantizer
 from hawq.observers import RangeMethod, activation_range
 
 
 @torch.no_grad()
 def layer_output_means(graph: fx.GraphModule, names: dict[str, str], inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """The mean of each output channel of the float layers, by layer; `names` maps node names to layers."""
-    sums: dict[str, torch.Tensor] = {}
-    count = sum(len(batch) for batch in inputs)
+    outputs: dict[str, list[tuple[torch.Tensor, int]]] = {}
 
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             result = super().run_node(n)
             if n.name in names:
-                channel_dim = -1 if n.target is torch.ops.aten.linear.default else 1
-                share = len(result) / count
-                mean = _channel_means([result], channel_dim) * share
-                sums[names[n.name]] = sums.get(names[n.name], 0) + mean
+                dim = channel_dim(n.target)
+                count = result.numel() // result.shape[dim]
+                outputs.setdefault(names[n.name], []).append((_channel_means([result], dim), count))
             return result
 
     for batch in inputs:
         Recorder(graph).run(batch)
-    return sums
+    return {
+        name: torch.stack([mean * count for mean, count in parts]).sum(0) / sum(count for _, count in parts)
+        for name, parts in outputs.items()
+    }
 
 
 @torch.no_grad()
@@ -50,6 +51,9 @@ def calibrate(
     `float_means`: the float layers' mean outputs; where given, each bias takes up the difference of the means
     (Nagel et al. 2019, section 4.2, measured on data).
     """
+    for position, batch in enumerate(inputs):
+        if not torch.isfinite(batch).all():
+            raise ValueError(f"calibration batch {position} holds NaN or Inf: clean the data or drop the examples")
     interpreters = [fx.Interpreter(graph) for _ in inputs]
     for interpreter, batch in zip(interpreters, inputs, strict=True):
         interpreter.args_iter = iter(graph.graph.process_inputs(batch))
@@ -69,7 +73,9 @@ def calibrate(
         for interpreter in interpreters:
             interpreter.env[node] = interpreter.run_node(node)
         if isinstance(module, QuantizedLayer) and float_means is not None:
-            _correct_bias(module, node, interpreters, float_means[str(node.target)], _input_scale(graph, node))
+            _correct_bias(
+                module, node, interpreters, float_means[str(node.target).removeprefix(f"{LAYERS}.")], _input_scale(graph, node)
+            )
         for interpreter in interpreters:
             for dead in interpreter.user_to_last_uses.get(node, []):
                 del interpreter.env[dead]
@@ -95,9 +101,9 @@ def _correct_bias(
         interpreter.env[node] = output + change.view(shape)
 
 
-def _channel_means(outputs: Sequence[torch.Tensor], channel_dim: int) -> torch.Tensor:
-    """The mean over everything but the channels, weighted by batch size, in float64."""
-    dims = [dim for dim in range(outputs[0].dim()) if dim != channel_dim % outputs[0].dim()]
+def _channel_means(outputs: Sequence[torch.Tensor], channels: int) -> torch.Tensor:
+    """The mean over every dimension but `channels`, weighted by rows, in float64."""
+    dims = [dim for dim in range(outputs[0].dim()) if dim != channels % outputs[0].dim()]
     total = sum(len(output) for output in outputs)
     means = [output.double().mean(dims) * (len(output) / total) for output in outputs]
     return torch.stack(means).sum(0)

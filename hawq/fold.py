@@ -35,6 +35,8 @@ def _fold_into(graph: fx.GraphModule, layer: fx.Node) -> None:
     norm = only_user(layer)
     if norm is None or norm.target is not aten._native_batch_norm_legit_no_training.default or norm.args[0] is not layer:
         return
+    if layer.target is aten.linear.default and layer.meta["val"].dim() != 2:
+        return  # its channels are last, those of a batch norm are second
     weight, bias = own_tensor(argument(layer, 1)), own_tensor(argument(layer, 2))
     result = only_user(norm)
     if weight is None or (bias is None) != (argument(layer, 2) is None):
@@ -51,11 +53,13 @@ def _fold_into(graph: fx.GraphModule, layer: fx.Node) -> None:
         scaled = old.double() * per_channel(factor, old)
     set_parameter(graph, weight, scaled.to(old.dtype))
     if bias is None:
-        bias = f"{weight.removesuffix('.weight')}.bias" if weight.endswith(".weight") else f"{weight}_bias"
+        bias = f"{weight.removesuffix('weight')}bias" if weight.endswith("weight") else f"{weight}_bias"
+        set_parameter(graph, bias, shift.to(old.dtype))
         with graph.graph.inserting_before(layer):
             node = graph.graph.get_attr(bias)
         layer.args = (*layer.args[:2], node, *layer.args[3:])
-    set_parameter(graph, bias, shift.to(old.dtype))
+    else:
+        set_parameter(graph, bias, shift.to(old.dtype))
     result.replace_all_uses_with(layer)
     graph.graph.erase_node(result)
     graph.graph.erase_node(norm)

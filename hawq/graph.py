@@ -2,6 +2,7 @@
 
 import copy
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -48,6 +49,11 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     model's control flow depends on data or its code fixes the batch size.
     """
     frozen = copy.deepcopy(model).eval()
+    for name, tensor in (*frozen.named_parameters(), *frozen.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype != torch.float32:
+            raise ValueError(
+                f"{name!r} is {tensor.dtype}: quantization starts from float32, so pass model.float() and such data"
+            )
     if example.shape[0] < 2:
         example = torch.cat([example, example])  # torch.export takes a batch of one for a constant
     batch = torch.export.Dim.DYNAMIC
@@ -63,7 +69,12 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
             "accept any batch size"
         ) from error
     module = program.module(check_guards=False)
-    return fx.GraphModule(module, module.graph)
+    graph = module.graph
+    results = graph.output_node().args[0]
+    if isinstance(results, tuple) and len(results) == 1 and program.call_spec.out_spec.is_leaf():
+        graph.set_codegen(fx.graph.CodeGen())  # one tensor in, one out: no containers to take apart and put together
+        graph.output_node().args = results
+    return fx.GraphModule(module, graph)
 
 
 def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:
@@ -71,7 +82,8 @@ def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:
 
     A weight that is computed (not stored), or used by more than one operation, stays in float.
     """
-    layers = {}
+    layers: dict[str, Layer] = {}
+    batch_size = next((_sizes(node)[0] for node in graph.graph.nodes if node.op == "placeholder"), 1)
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in LAYER_OPERATIONS:
             continue
@@ -81,11 +93,20 @@ def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:
             continue
         name = stored.removesuffix(".weight")
         shape = weight.meta["val"].shape
-        outputs = node.meta["val"].shape
-        positions = prod(outputs[1:-1]) if node.target is aten.linear.default else prod(outputs[2:])
-        macs = int(positions) * prod(shape)
+        macs = prod(_sizes(node)) // batch_size * prod(shape[1:])
         layers[name] = Layer(name, node, stored, str(bias.target) if bias is not None else None, prod(shape), macs)
     return layers
+
+
+def _sizes(node: fx.Node) -> list[int]:
+    """The shape of a node's result for the batch that the graph was traced with."""
+    return [size if isinstance(size, int) else int(size.node.hint) for size in node.meta["val"].shape]
+
+
+def require_layers(layers: Mapping[str, Layer]) -> None:
+    """Raise ValueError where there is nothing to quantize."""
+    if not layers:
+        raise ValueError("the model has no quantizable layer: no linear or convolutional operation with its own weight")
 
 
 def tied_layers(layers: dict[str, Layer]) -> list[tuple[str, ...]]:

@@ -8,6 +8,10 @@ from torch import fx, nn
 from hawq.affine import dequantize_channels, per_channel, round_activation
 from hawq.observers import activation_parameters
 
+# Where a quantized graph keeps its layers and quantizers, apart from everything that the network's author named.
+LAYERS = "quantized_layers"
+QUANTIZERS = "activation_quantizers"
+
 _LARGEST_BIAS_CODE = 2**30  # half of what an int32 holds, the rest is for the sum of products
 
 
@@ -37,7 +41,7 @@ class QuantizedLayer(nn.Module):
     @property
     def channel_dim(self) -> int:
         """Where the output's channels are."""
-        return -1 if self.operation is torch.ops.aten.linear.default else 1
+        return channel_dim(self.operation)
 
     def real_bias(self) -> torch.Tensor | None:
         """The bias in the output's units."""
@@ -90,6 +94,11 @@ class ActivationQuantizer(nn.Module):
 
     def extra_repr(self) -> str:
         return f"scale={float(self.scale):.4g}, zero_point={int(self.zero_point)}"
+
+
+def channel_dim(operation: Any) -> int:
+    """Where the channels are in the output of a layer's operation."""
+    return -1 if operation is torch.ops.aten.linear.default else 1
 
 
 def input_quantizer(graph: fx.GraphModule, layer: fx.Node) -> str | None:

@@ -6,12 +6,13 @@ from typing import Literal
 import torch
 from torch import fx, nn
 
-from hawq.activations import QUANTIZERS, insert_quantizers
+from hawq.activations import insert_quantizers
+from hawq.affine import check_width
 from hawq.allocation import Allocation
 from hawq.calibration import calibrate, layer_output_means
 from hawq.fold import folded
 from hawq.graph import Layer, find_layers, get_tensor
-from hawq.layers import ActivationQuantizer, QuantizedLayer, input_quantizer
+from hawq.layers import LAYERS, QUANTIZERS, ActivationQuantizer, QuantizedLayer, input_quantizer
 from hawq.observers import RangeMethod
 from hawq.rounding import ROUNDINGS
 from hessian.objective import Data, Objective
@@ -32,9 +33,13 @@ class QuantizedModel(fx.GraphModule):
         model.bits, model.activation_bits, model.example = bits, activation_bits, example
         return model
 
+    def __deepcopy__(self, memo: dict[int, object]) -> "QuantizedModel":
+        copied = super().__deepcopy__(memo)
+        return QuantizedModel.wrap(copied, dict(self.bits), self.activation_bits, self.example.clone())
+
     def layers(self) -> dict[str, QuantizedLayer]:
         """The quantized layers by name, in the order of the computation."""
-        found = {name: self.get_submodule(name) for name in self.bits}
+        found = {name: self.get_submodule(f"{LAYERS}.{name}") for name in self.bits}
         return {name: module for name, module in found.items() if isinstance(module, QuantizedLayer)}
 
     def quantizers(self) -> dict[str, ActivationQuantizer]:
@@ -45,7 +50,7 @@ class QuantizedModel(fx.GraphModule):
     def input_quantizers(self) -> dict[str, str]:
         """For each quantized layer the qualified name of the quantizer that its input has passed."""
         nodes = {str(node.target): node for node in self.graph.nodes if node.op == "call_module"}
-        sources = {name: input_quantizer(self, nodes[name]) for name in self.bits}
+        sources = {name: input_quantizer(self, nodes[f"{LAYERS}.{name}"]) for name in self.bits}
         return {name: source for name, source in sources.items() if source is not None}
 
 
@@ -79,7 +84,7 @@ def quantize_model(
     example = inputs[0][:2]
     graph = folded(model, example)
     layers = find_layers(graph)
-    _check_allocation(allocation, layers)
+    _check_allocation(allocation, layers, graph)
     means = None
     if bias_correction:
         names = {layer.node.name: name for name, layer in layers.items() if name in allocation.bits}
@@ -102,44 +107,36 @@ def build(
     """A folded graph with its layers replaced by integer ones and activation quantizers, yet uncalibrated, put in."""
     result = copy.deepcopy(graph)
     layers = {name: layer for name, layer in find_layers(result).items() if name in bits}
+    result.add_module(LAYERS, nn.Module())
+    for name in sorted(layers):  # an outer module before those inside it
+        operation, settings = layers[name].node.target, tuple(layers[name].node.args[3:])
+        module = QuantizedLayer(operation, settings, *rounded[name], bits[name])
+        bias = layers[name].bias
+        module.set_bias(get_tensor(result, bias).detach().clone() if bias else None, None)
+        result.add_submodule(f"{LAYERS}.{name}", module)
     nodes = []
     for name, layer in layers.items():
-        codes, scale = rounded[name]
-        module = QuantizedLayer(layer.node.target, tuple(layer.node.args[3:]), codes, scale, bits[name])
-        module.set_bias(get_tensor(result, layer.bias).detach().clone() if layer.bias else None, None)
         with result.graph.inserting_before(layer.node):
-            node = result.graph.call_module(name, (layer.node.args[0],))
+            node = result.graph.call_module(f"{LAYERS}.{name}", (layer.node.args[0],))
         node.meta = dict(layer.node.meta)
         layer.node.replace_all_uses_with(node)
         result.graph.erase_node(layer.node)
-        nodes.append((name, node, module))
+        nodes.append(node)
     result.graph.eliminate_dead_code()
-    for name, _, module in nodes:
-        _replace_module(result, name, module)
     if activation_bits is not None:
-        insert_quantizers(result, [node for _, node, _ in nodes])
+        insert_quantizers(result, nodes)
     result.graph.lint()
     return QuantizedModel.wrap(result, dict(bits), activation_bits, example)
 
 
-def _replace_module(graph: fx.GraphModule, name: str, module: nn.Module) -> None:
-    """Put `module` where the layer's parameters were; what else lives there moves along."""
-    owner_name, _, last = name.rpartition(".")
-    owner = graph.get_submodule(owner_name)
-    old = getattr(owner, last)
-    delattr(owner, last)
-    if isinstance(old, nn.Module):
-        for key, child in old.named_children():
-            module.add_module(key, child)
-    owner.add_module(last, module)
-
-
-def _check_allocation(allocation: Allocation, layers: dict[str, Layer]) -> None:
+def _check_allocation(allocation: Allocation, layers: dict[str, Layer], graph: fx.GraphModule) -> None:
     unknown = [name for name in allocation.bits if name not in layers]
     if unknown:
         raise ValueError(f"the allocation names {unknown[0]!r}, which is no quantizable layer; those are {', '.join(layers)}")
     if not allocation.bits:
         raise ValueError("the allocation is empty: there is no layer to quantize")
     for name, bits in allocation.bits.items():
-        if not 2 <= bits <= 8:
-            raise ValueError(f"layer {name!r}: {bits} bits; widths are 2 to 8")
+        check_width(bits)
+        weight = get_tensor(graph, layers[name].weight)
+        if not torch.isfinite(weight).all():
+            raise ValueError(f"weight {layers[name].weight!r} holds NaN or Inf")

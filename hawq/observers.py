@@ -10,6 +10,7 @@ from hawq.affine import dequantize, per_channel, quantize, signed_range
 RangeMethod = Literal["min-max", "percentile", "mse"]
 
 _WEIGHT_CANDIDATES = 64
+_ZERO_CHANNEL_SCALE = 1e-8
 _BINS = 4096
 _PERCENTILE = 0.9999
 
@@ -18,12 +19,12 @@ def weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
     """The symmetric scale of each output channel with the least squared rounding error: (channels,).
 
     A grid of clipping points between a fifth and all of the channel's largest magnitude, then the least-squares scale
-    for the codes found, <w, q> / <q, q>. A channel of zeros gets scale 1.
+    for the codes found, <w, q> / <q, q>. A channel of zeros gets a scale so small that its bias stays exact.
     """
     qmin, qmax = signed_range(bits)
     flat = weight.detach().flatten(1)
     largest = flat.abs().amax(1)
-    best = torch.where(largest > 0, largest / -qmin, torch.ones_like(largest))
+    best = torch.where(largest > 0, largest / -qmin, torch.full_like(largest, _ZERO_CHANNEL_SCALE))
     least = _squared_error(flat, best, qmin, qmax)
     for step in range(1, _WEIGHT_CANDIDATES + 1):
         fraction = 0.2 + 0.8 * step / _WEIGHT_CANDIDATES

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hawq.layers import LAYERS
 from hawq.model import QuantizedModel
 from hessian.files import write_atomically
 
@@ -50,7 +51,7 @@ def to_bytes(model: nn.Module, example_input: torch.Tensor) -> bytes:
             onnx_rewrite.derive_bias_scales(graph, scales)
         for name, layer in model.layers().items():
             if layer.bits < 8:
-                onnx_rewrite.store_as_planes(graph, f"{name}.codes", layer)
+                onnx_rewrite.store_as_planes(graph, f"{LAYERS}.{name}.codes", layer)
     graph.finish()
     proto.metadata_props.clear()
     onnx.checker.check_model(proto)

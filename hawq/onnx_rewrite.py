@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from onnx import GraphProto, NodeProto, TensorProto, helper, numpy_helper
 
-from hawq.layers import QuantizedLayer
+from hawq.layers import LAYERS, QUANTIZERS, QuantizedLayer
 from hawq.packing import pack
 
 _DEFAULTS = {"block_size": 0, "output_dtype": 0, "saturate": 1, "axis": 1}
@@ -48,7 +48,8 @@ class GraphRewriter:
                 if name not in given:
                     short[name] = f"v{len(short)}"
         for name in self.initializers:
-            short[name] = name.removeprefix("activation_quantizers.")
+            plain = name.removeprefix(f"{LAYERS}.").replace(f"{QUANTIZERS}.", "act.", 1)
+            short[name] = plain if plain not in short.values() else name
         for node in self.nodes:
             node.input[:] = [short.get(name, name) for name in node.input]
             node.output[:] = [short.get(name, name) for name in node.output]
@@ -111,7 +112,7 @@ def derive_bias_scales(graph: GraphRewriter, input_scales: Mapping[str, str]) ->
     """
     products: list[NodeProto] = []
     for name, input_scale in input_scales.items():
-        stored, scale = f"{name}.bias_scale", f"{name}.scale"
+        stored, scale = f"{LAYERS}.{name}.bias_scale", f"{LAYERS}.{name}.scale"
         if stored in graph.initializers and scale in graph.initializers and input_scale in graph.initializers:
             del graph.initializers[stored]
             products.append(helper.make_node("Mul", [input_scale, scale], [stored]))
@@ -128,9 +129,9 @@ def multiply_scales(graph: GraphRewriter) -> None:
         codes, scale = node.input[:2]
         dimensions = len(graph.initializers[codes].dims)
         shaped = graph.array(scale).reshape(-1, *(1,) * (dimensions - 1))
-        graph.initializers[scale] = numpy_helper.from_array(shaped, scale)
-        nodes.append(helper.make_node("Cast", [codes], [f"{codes}.float"], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [f"{codes}.float", scale], [node.output[0]]))
+        factor = graph.constant(f"{scale}.{dimensions}d", shaped)
+        nodes.append(helper.make_node("Cast", [codes], [f"{node.output[0]}.float"], to=TensorProto.FLOAT))
+        nodes.append(helper.make_node("Mul", [f"{node.output[0]}.float", factor], [node.output[0]]))
     graph.nodes = nodes
 
 

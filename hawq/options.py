@@ -55,19 +55,21 @@ class Options:
             )
         if self.max_size is not None and self.max_size <= 0:
             raise UsageError(f"--max-size {self.max_size}: give a positive number of bytes")
-        if self.max_bops is not None and not self.max_bops > 0:
+        if self.max_bops is not None and not 0 < self.max_bops < math.inf:
             raise UsageError(f"--max-bops {self.max_bops}: give a positive fraction of the bit operations at 8 bits")
         if self.calibration_size < 1 or self.batch_size < 1:
             raise UsageError("--calibration-size and --batch-size must be positive numbers of examples")
 
     def check_folder(self) -> None:
         """Raise UsageError where the output folder cannot be used or would be overwritten."""
-        if self.out.exists() and not self.out.is_dir():
-            raise UsageError(f"--out {self.out} is a file: name a folder")
+        for path in (self.out, *self.out.absolute().parents):
+            if path.exists() and not path.is_dir():
+                raise UsageError(f"--out {self.out}: {path} is a file, not a folder")
         if self.out.is_dir() and not self.out.stat().st_mode & 0o222:
             raise UsageError(f"--out {self.out} is read-only: name another folder or change its permissions")
         present = [name for name in OUTPUTS if (self.out / name).exists()]
-        if present and not self.force:
+        cut_short = self.resume and "report.json" not in present  # written last, by a run that finished
+        if present and not self.force and not cut_short:
             raise UsageError(f"--out {self.out} already holds {', '.join(present)}: name another folder or add --force")
 
 
@@ -108,8 +110,7 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
     add("--bits", type=_width, nargs="+", default=(2, 3, 4, 5, 6, 8), metavar="B", help="widths offered to every layer, 2 to 8")
     add(
         "--activations",
-        type=lambda text: None if text == "none" else int(text),
-        choices=(8, None),
+        type=_activation_width,
         default=8,
         metavar="8|none",
         help="bits of activations, or none to leave them in float (default: 8)",
@@ -137,6 +138,12 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
     add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
     add("--debug", action="store_true", help="show the traceback of an error")
     return result
+
+
+def _activation_width(text: str) -> int | None:
+    if text not in {"8", "none"}:
+        raise argparse.ArgumentTypeError(f"{text!r}: activations take 8 bits, or none of quantization")
+    return None if text == "none" else 8
 
 
 def _width(text: str) -> int:

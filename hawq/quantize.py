@@ -13,6 +13,7 @@ import signal
 import sys
 import traceback
 from dataclasses import asdict
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -27,7 +28,7 @@ from hawq.cost.bops import bit_operations
 from hawq.cost.size import file_overhead, packed_bytes, weight_bits
 from hawq.evaluation import Evaluation, evaluate
 from hawq.fold import folded
-from hawq.graph import Layer, example_inputs, find_layers, tied_layers, unreached_weights
+from hawq.graph import Layer, example_inputs, find_layers, require_layers, tied_layers, unreached_weights
 from hawq.model import QuantizedModel, quantize_model
 from hawq.options import OUTPUTS, Options, UsageError, parse
 from hawq.pareto import Point, frontier
@@ -54,21 +55,23 @@ def quantize(options: Options) -> dict[str, Any]:
     options.check_folder()
     runtime.require()
     task = load_task(options.task, options.weights)
+    task.model.eval()  # as it will be used; a network that was just built is in training mode
     stages = _prepare_folder(options, task.model)
 
     calibration = batches_of(task.train, options.batch_size, size=options.calibration_size, generator=_generator(options.seed))
     evaluation = batches_of(task.evaluation, options.batch_size)
     example = example_inputs(evaluation)[:2]
-    key = {
-        "model": model_digest(task.model),
-        "calibration": tensors_digest(tensor for batch in calibration for tensor in batch),
-        "evaluation": tensors_digest(tensor for batch in evaluation for tensor in batch),
-        "torch": torch.__version__,
-    }
 
     logger.info("evaluating the float network")
     float_result = evaluate(task.model, task, evaluation)
     graph = folded(task.model, example)
+    key = {
+        "network": str(graph.graph),
+        "weights": model_digest(graph),
+        "calibration": tensors_digest(tensor for batch in calibration for tensor in batch),
+        "evaluation": tensors_digest([float_result.outputs, torch.tensor([float_result.loss, float_result.metric])]),
+        "versions": [version("hessianware"), torch.__version__],
+    }
     layers = find_layers(graph)
     _check_layers(layers, unreached_weights(task.model, graph), options)
     ties = tied_layers(layers)
@@ -141,7 +144,7 @@ def quantize(options: Options) -> dict[str, Any]:
             "model.onnx": onnx_file,
             "allocation.json": allocation.to_json().encode(),
             "layers.json": traces.to_json().encode(),
-            "report.html": render_html(report, graph, model, traces).encode(),
+            "report.html": render_html(report, graph, model).encode(),
             "report.json": (json.dumps(report, indent=1) + "\n").encode(),
         },
     )
@@ -161,8 +164,7 @@ def _prepare_folder(options: Options, model: torch.nn.Module) -> Stages:
 
 
 def _check_layers(layers: dict[str, Layer], unreached: list[str], options: Options) -> None:
-    if not layers:
-        raise ValueError("the model has no quantizable layer: no linear or convolutional operation with its own weight")
+    require_layers(layers)
     if unreached and not options.drop_unreached:
         raise ValueError(
             f"weight {unreached[0]!r} is never reached by the data and would be lost: remove the layer from the model, "
@@ -179,8 +181,16 @@ def _budgets(options: Options, graph: torch.fx.GraphModule, layers: dict[str, La
         limit = average * sum(layer.num_params for layer in layers.values())
         budgets.append(Budget("bits of weights", weight_bits(layers, options.bits), limit))
     if options.max_size is not None:
-        limit = options.max_size - file_overhead(graph, layers, options.activations)
-        budgets.append(Budget("bytes of weights", packed_bytes(layers, options.bits), limit))
+        costs = packed_bytes(layers, options.bits)
+        overhead = file_overhead(graph, layers, options.activations)
+        smallest = overhead + int(sum(min(row.values()) for row in costs.values()))
+        if options.max_size < smallest:
+            raise UsageError(
+                f"--max-size {options.max_size:,}: the smallest file has up to {smallest:,} bytes ({overhead:,} of them "
+                f"beside the weights' codes), {smallest - options.max_size:,} more: raise it or add narrower --bits"
+            )
+        limit = options.max_size - overhead
+        budgets.append(Budget("bytes of weights", costs, limit))
     if options.max_bops is not None:
         at_8_bits = sum(cost[8] for cost in bit_operations(layers, (8,), 8).values())
         costs = bit_operations(layers, options.bits, options.activations)
@@ -308,7 +318,7 @@ def run(options: Options, stdout: TextIO) -> int:
     except KeyboardInterrupt as error:
         note = f"interrupted; finished stages are kept: add --resume to go on in {options.out}"
         return _fail(options, error, 1, note)
-    except (ValueError, TypeError, OSError, RuntimeError, ModuleNotFoundError) as error:
+    except Exception as error:  # whatever a user's network, data or disk can raise: one line, and the folder cleaned up
         return _fail(options, error, 1)
     if options.json:
         json.dump(report, stdout, indent=1)
@@ -324,7 +334,9 @@ def _fail(options: Options, error: BaseException, code: int, message: str | None
     shutil.rmtree(options.out / ".partial", ignore_errors=True)
     if options.debug:
         traceback.print_exception(error)
-    print(f"error: {message or error}", file=sys.stderr)
+    ours = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ModuleNotFoundError)
+    text = message or (str(error) if ours else f"{type(error).__name__}: {error} (--debug shows where)")
+    print(f"error: {text}", file=sys.stderr)
     return code
 
 

@@ -46,7 +46,6 @@ def build_report(
     """The contents of report.json; docs/report.md describes every field."""
     sizes = {name: packed_size(layer.num_params, allocation.bits[name]) for name, layer in layers.items()}
     quantized, onnx = results["quantized"], results["onnx"]
-    agreement = (quantized.outputs.argmax(1) == onnx.outputs.argmax(1)).double().mean()
     predicted = allocation.objective / 2 if table.method == "hessian-trace" else None
     return {
         "format": FORMAT,
@@ -59,7 +58,7 @@ def build_report(
         "onnx": {
             "metric": onnx.metric,
             "loss": onnx.loss,
-            "agreement": float(agreement),
+            "agreement": _agreement(quantized.outputs, onnx.outputs),
             "largest_output_difference": float((quantized.outputs - onnx.outputs).abs().max()),
             "kernels": dict(kernels),
         },
@@ -80,6 +79,13 @@ def build_report(
     }
 
 
+def _agreement(one: torch.Tensor, other: torch.Tensor) -> float | None:
+    """The share of examples whose largest output is the same; None where outputs are not one score a class."""
+    if one.dim() != 2 or one.shape[1] < 2:
+        return None
+    return float((one.argmax(1) == other.argmax(1)).double().mean())
+
+
 def _layer_row(
     layer: Layer,
     graph: fx.GraphModule,
@@ -93,6 +99,7 @@ def _layer_row(
     bits = allocation.bits[layer.name]
     return {
         "name": layer.name,
+        "weight": layer.weight,
         "operation": str(layer.node.target).split(".")[1],
         "shape": list(get_tensor(graph, layer.weight).shape),
         "num_params": layer.num_params,
@@ -109,14 +116,9 @@ def _layer_row(
     }
 
 
-def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel, traces: LayerReport) -> str:
+def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel) -> str:
     """The report as one self-contained page."""
-    weights: dict[str, torch.Tensor] = {
-        row["name"]: get_tensor(graph, f"{row['name']}.weight").detach()
-        if f"{row['name']}.weight" in traces
-        else get_tensor(graph, row["name"]).detach()
-        for row in report["layers"]
-    }
+    weights = {row["name"]: get_tensor(graph, row["weight"]).detach() for row in report["layers"]}
     pictures = {
         "bits": figures.bits(report["layers"]),
         "sensitivity": figures.sensitivity(report["layers"]),
@@ -128,7 +130,7 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
     environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
     environment.filters["percent"] = lambda value: f"{value:.2%}"
     template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
-    return template.render(report=report, pictures=pictures, rows=comparison(report))
+    return template.render(report=report, pictures=pictures, rows=comparison(report), fidelity=_fidelity(report))
 
 
 def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -159,6 +161,17 @@ def _bytes_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
     return name, f"{before:,} B", f"{after:,} B", f"{before / after:.2f} x smaller"
 
 
+def _fidelity(report: Mapping[str, Any]) -> str:
+    """How close the file in onnxruntime is to the quantized torch module."""
+    agreement, difference = report["onnx"]["agreement"], report["onnx"]["largest_output_difference"]
+    if agreement is None:
+        return f"largest difference between outputs in onnxruntime and torch: {difference:.3g}"
+    return (
+        f"onnxruntime and torch agree on {agreement:.2%} of {report['examples']} examples; "
+        f"largest output difference {difference:.3g}"
+    )
+
+
 def summary(report: Mapping[str, Any], folder: Path) -> str:
     """The comparison as a table of text, and where the report is."""
     rows = [("", "float", "quantized", ""), *comparison(report)]
@@ -172,8 +185,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
     lines += [
         "",
         f"bits by layer: {bits} ({proof})",
-        f"onnxruntime agrees with torch on {report['onnx']['agreement']:.2%} of {report['examples']} examples; "
-        f"largest output difference {report['onnx']['largest_output_difference']:.3g}",
+        _fidelity(report),
         f"report: {folder / 'report.html'}",
     ]
     return "\n".join(lines)

@@ -69,8 +69,9 @@ def digest(inputs: Mapping[str, Any]) -> str:
 
 
 def model_digest(model: nn.Module) -> str:
-    """A SHA-256 of a model's parameters and buffers."""
-    return tensors_digest(tensor for _, tensor in sorted(model.state_dict().items()))
+    """A SHA-256 of a model's parameters and buffers, with their names."""
+    tensors = dict((*model.named_parameters(), *model.named_buffers()))
+    return digest({name: tensors_digest([tensor]) for name, tensor in tensors.items()})
 
 
 def tensors_digest(tensors: Any) -> str:

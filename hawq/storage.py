@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 
 from hawq.fold import folded
 from hawq.graph import find_layers, get_tensor
+from hawq.layers import LAYERS, QUANTIZERS
 from hawq.model import QuantizedModel, build
 from hawq.packing import pack, unpack
 from hessian.files import write_atomically
@@ -20,8 +22,8 @@ from hessian.files import write_atomically
 FILE_NAME = "model.safetensors"
 _FORMAT = "hessianware.quantized-model"
 _VERSION = 1
-_ACTIVATION_SCALES = "activations.scale"
-_ACTIVATION_ZERO_POINTS = "activations.zero_point"
+_ACTIVATION_SCALES = "activations:scale"
+_ACTIVATION_ZERO_POINTS = "activations:zero_point"
 
 
 def save(model: QuantizedModel, folder: str | os.PathLike[str]) -> None:
@@ -37,10 +39,10 @@ def to_bytes(model: QuantizedModel) -> bytes:
     """The contents of the file that `save` writes."""
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in model.layers().items():
-        tensors[f"{name}.codes"] = pack(layer.codes, layer.bits)
-        tensors[f"{name}.scale"] = layer.scale
+        tensors[f"{name}:codes"] = pack(layer.codes, layer.bits)
+        tensors[f"{name}:scale"] = layer.scale
         if layer.bias is not None:
-            tensors[f"{name}.bias"] = layer.bias
+            tensors[f"{name}:bias"] = layer.bias
     quantizers = list(model.quantizers().values())
     if quantizers:
         tensors[_ACTIVATION_SCALES] = torch.stack([module.scale for module in quantizers])
@@ -73,45 +75,60 @@ def load(folder: str | os.PathLike[str], model: nn.Module) -> QuantizedModel:
 
 def from_bytes(content: bytes, model: nn.Module, path: str = "the file") -> QuantizedModel:
     """The model of a file's contents; `path` names the file in errors. See `load`."""
-    metadata, tensors = _read(content, path)
-    description = json.loads(metadata["model"])
+    description, tensors = _read(content, path)
+    try:
+        return _assemble(description, tensors, model)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not belong to this network: {error}") from error
+
+
+def _assemble(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], model: nn.Module) -> QuantizedModel:
+    bits: dict[str, int] = description["bits"]
     example = torch.zeros(description["example_shape"], dtype=getattr(torch, description["example_dtype"]))
     graph = folded(model, example)
-    bits: dict[str, int] = description["bits"]
     layers = find_layers(graph)
     rounded = {}
     for name, width in bits.items():
         if name not in layers:
-            raise ValueError(f"{path} is of another network: this one has no layer {name!r}")
-        shape = tuple(get_tensor(graph, layers[name].weight).shape)
-        try:
-            rounded[name] = unpack(tensors[f"{name}.codes"], width, shape), tensors[f"{name}.scale"]
-        except ValueError as error:
-            raise ValueError(f"{path} is of another network: layer {name!r}: {error}") from error
+            raise ValueError(f"it has no layer {name!r}")
+        shape = get_tensor(graph, layers[name].weight).shape
+        rounded[name] = unpack(tensors[f"{name}:codes"], width, tuple(shape)), tensors[f"{name}:scale"]
     result = build(graph, rounded, bits, description["activation_bits"], example)
     if list(result.quantizers()) != description["quantizers"]:
-        raise ValueError(f"{path} is of another network: its activations are rounded in other places")
+        raise ValueError("its activations are rounded in other places")
     for index, quantizer in enumerate(result.quantizers().values()):
         quantizer.scale, quantizer.zero_point = tensors[_ACTIVATION_SCALES][index], tensors[_ACTIVATION_ZERO_POINTS][index]
     sources = result.input_quantizers()
     for name, layer in result.layers().items():
-        layer.bias = tensors.get(f"{name}.bias")
+        layer.bias = tensors.get(f"{name}:bias")
+        for part, tensor in (("scale", layer.scale), ("bias", layer.bias)):
+            if tensor is not None and tensor.shape != layer.codes.shape[:1]:
+                raise ValueError(f"the {part} of layer {name!r} has shape {tuple(tensor.shape)}")
         if layer.bias is not None and name in sources:
             layer.bias_scale = get_tensor(result, f"{sources[name]}.scale") * layer.scale
+    others = _other_tensors(result)
+    surplus = sorted(name for name in tensors if ":" not in name and name not in others)
+    if surplus:
+        raise ValueError(f"it has no tensor {surplus[0]!r}")
     with torch.no_grad():
-        for name in _other_tensors(result):
-            get_tensor(result, name).copy_(tensors[name])
+        for name in others:
+            target = get_tensor(result, name)
+            if target.shape != tensors[name].shape:
+                raise ValueError(
+                    f"{name!r} has shape {tuple(tensors[name].shape)} in the file, {tuple(target.shape)} in the network"
+                )
+            target.copy_(tensors[name])
     return result
 
 
 def _other_tensors(model: QuantizedModel) -> list[str]:
     """Names of the tensors that belong neither to a quantized layer nor to a quantizer."""
-    owned = {f"{name}.{part}" for name in model.bits for part in ("codes", "scale", "bias", "bias_scale")}
     everything = [name for name, _ in (*model.named_parameters(), *model.named_buffers())]
-    return [name for name in everything if name not in owned and not name.startswith("activation_quantizers.")]
+    return [name for name in everything if not name.startswith((f"{LAYERS}.", f"{QUANTIZERS}."))]
 
 
-def _read(content: bytes, path: str) -> tuple[Mapping[str, str], dict[str, torch.Tensor]]:
+def _read(content: bytes, path: str) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """The description and the tensors of a file that is whole."""
     try:
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")  # of the header, which `load` has found to be sound
@@ -122,7 +139,7 @@ def _read(content: bytes, path: str) -> tuple[Mapping[str, str], dict[str, torch
         raise ValueError(f"{path} is not a quantized model of version {_VERSION}: quantize the network anew")
     if metadata.get("sha256") != _digest(metadata.get("model", ""), tensors):
         raise ValueError(f"{path} was changed after it was written: its contents do not match its checksum")
-    return metadata, tensors
+    return json.loads(metadata["model"]), tensors
 
 
 def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:

@@ -120,13 +120,13 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
             raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError(
-            f"{path} holds more than tensors and would have to run code to be read, so it was not: "
-            "save it anew with torch.save(model.state_dict(), ...) or as safetensors"
-        ) from error
-    except (RuntimeError, EOFError, KeyError) as error:
-        raise ValueError(f"{path} is damaged or is no file of weights: {error}") from error
+    except Exception as error:  # a damaged file can make the reader fail in any way
+        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
+            raise ValueError(
+                f"{path} holds more than tensors and would have to run code to be read, so it was not: "
+                "save it anew with torch.save(model.state_dict(), ...) or as safetensors"
+            ) from error
+        raise ValueError(f"{path} is damaged or is no file of weights") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):
             state = state[key]

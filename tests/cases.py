@@ -68,7 +68,9 @@ def seeded(build: type[nn.Module], seed: int = 0, dtype: torch.dtype = torch.flo
     return model.eval()
 
 
-def classification(*shape: int, classes: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64) -> tuple[torch.Tensor, torch.Tensor]:
+def classification(
+    *shape: int, classes: int = 3, seed: int = 0, dtype: torch.dtype = torch.float64
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Normal inputs of that shape (examples first) and random classes."""
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)

@@ -68,13 +68,11 @@ def test_curved_parameters_are_sampled_and_the_others_exact():
 def test_standard_errors_cover_the_truth_as_often_as_they_should():
     model, data, loss = seeded(SmoothNet), classification(8, 4), nn.CrossEntropyLoss()
     expected = truth(model, loss, data, [name for name, _ in model.named_parameters()])
-    hits = {name: 0 for name in expected}
+    hits = dict.fromkeys(expected, 0)
     seeds = 200
     for seed in range(seeds):
         generator = torch.Generator().manual_seed(seed)
-        report = hessian.layer_report(
-            model, loss, data, method="hutchinson", rtol=0.0, max_probes=32, generator=generator
-        )
+        report = hessian.layer_report(model, loss, data, method="hutchinson", rtol=0.0, max_probes=32, generator=generator)
         for name, row in report.items():
             hits[name] += abs(row.trace - expected[name]) <= 2.04 * row.trace_stderr  # t, 31 degrees of freedom, 95%
     for name, count in hits.items():
@@ -84,7 +82,9 @@ def test_standard_errors_cover_the_truth_as_often_as_they_should():
 def test_sampling_stops_at_the_asked_error():
     model, data, loss = seeded(SmoothNet), classification(8, 4), nn.CrossEntropyLoss()
     generator = torch.Generator().manual_seed(3)
-    report = hessian.layer_report(model, loss, data, "last.weight", method="hutchinson", rtol=0.1, max_probes=5000, generator=generator)
+    report = hessian.layer_report(
+        model, loss, data, "last.weight", method="hutchinson", rtol=0.1, max_probes=5000, generator=generator
+    )
     row = report["last.weight"]
     assert row.trace_stderr <= 0.1 * row.trace
     assert report.num_matvecs < 5000

@@ -13,7 +13,9 @@ from tests.cases import SmoothNet, classification, seeded
 
 
 def mean_loss(objective: hessian.Objective) -> float:
-    return sum(weight * float(objective.batch_loss(objective.outputs(batch), batch)) for batch, weight in objective.weighted_batches())
+    return sum(
+        weight * float(objective.batch_loss(objective.outputs(batch), batch)) for batch, weight in objective.weighted_batches()
+    )
 
 
 LOSSES = {

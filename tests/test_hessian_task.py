@@ -16,7 +16,8 @@ from hessian.tasks import BUILT_IN
 from hessian.tasks.digits import digits_resnet20
 from hessian.tasks.pretrained import Recipe, cache_folder, pretrained_weights, train_classifier
 
-USER_MODULE = '''
+USER_MODULE = """
+import dataclasses
 import torch
 import hessian
 from torch.utils.data import TensorDataset
@@ -28,14 +29,14 @@ def task():
     return hessian.Task(model, data, data, torch.nn.CrossEntropyLoss(), lambda o, t: (o.argmax(1) == t).float().mean(), "mine")
 
 def empty():
-    full = task()
-    return hessian.Task(full.model, TensorDataset(torch.zeros(0, 4), torch.zeros(0)), full.evaluation, full.loss, full.metric, "empty")
+    nothing = TensorDataset(torch.zeros(0, 4), torch.zeros(0))
+    return dataclasses.replace(task(), train=nothing, name="empty")
 
 def not_a_task():
     return 3
 
 number = 3
-'''
+"""
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_the_cache_is_used_and_retrained_when_damaged(resnet20, monkeypatch, cap
     trainings = []
     monkeypatch.setattr(
         "hessian.tasks.pretrained.train_classifier",
-        lambda model, train, recipe, progress: trainings.append(progress) or resnet20.model,
+        lambda *_, progress: trainings.append(progress) or resnet20.model,
     )
     arguments = ("digits-resnet20", resnet20.model, resnet20.train, resnet20.evaluation, Recipe(epochs=15))
     assert torch.equal(pretrained_weights(*arguments)["fc.bias"], resnet20.model.fc.bias)
@@ -165,9 +166,7 @@ def test_weights_that_do_not_fit_name_the_first_three(user_module):
     state = hessian.load_task("user_tasks:task").model.state_dict()
     wrong = {"0.weight": torch.zeros(2, 2), "2.weight": state["2.weight"], "a": torch.zeros(1), "b": torch.zeros(1)}
     torch.save(wrong, user_module / "w.pt")
-    expected = (
-        r"0\.bias is missing; 2\.bias is missing; 0\.weight has shape \(2, 2\), the model's is \(5, 4\) \(and 2 more\)"
-    )
+    expected = r"0\.bias is missing; 2\.bias is missing; 0\.weight has shape \(2, 2\), the model's is \(5, 4\) \(and 2 more\)"
     with pytest.raises(ValueError, match=expected):
         hessian.load_task("user_tasks:task", weights=user_module / "w.pt")
 

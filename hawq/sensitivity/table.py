@@ -6,9 +6,9 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hawq.affine import dequantize, per_channel
+from hawq.affine import check_width, dequantize, per_channel
 from hawq.fold import folded
-from hawq.graph import Layer, example_inputs, find_layers, get_tensor
+from hawq.graph import Layer, example_inputs, find_layers, get_tensor, require_layers
 from hawq.rounding import round_to_nearest
 from hessian.estimators.layers import layer_report
 from hessian.objective import Data, LossFunction, Objective
@@ -74,10 +74,11 @@ def sensitivity(
 
     if method not in METHODS:
         raise ValueError(f"sensitivity method {method!r} is none of {', '.join(map(repr, METHODS))}")
+    for width in bits:
+        check_width(width)
     graph = folded(model, example_inputs(Objective(model, loss, data).batches()))
     layers = find_layers(graph)
-    if not layers:
-        raise ValueError("the model has no quantizable layer: no linear or convolutional operation with its own weight")
+    require_layers(layers)
     errors = rounding_errors(graph, layers, bits)
     if method == "weight-error":
         return weight_error(errors)
