@@ -1,5 +1,8 @@
 """Where activations are rounded: so that every layer and every residual addition can run on integers."""
 
+import operator
+from functools import partial
+
 import torch
 from torch import fx
 
@@ -61,7 +64,7 @@ def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> None
         for node in (source, *arrivals):
             with graph.graph.inserting_after(node):
                 rounded = graph.graph.call_module(f"{QUANTIZERS}.{source.name}", (node,))
-            node.replace_all_uses_with(rounded, delete_user_cb=rounded.__ne__)
+            node.replace_all_uses_with(rounded, delete_user_cb=partial(operator.is_not, rounded))
 
 
 def _integer_nodes(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> set[fx.Node]:

@@ -22,6 +22,7 @@ from hessian.files import write_atomically
 FILE_NAME = "model.safetensors"
 _FORMAT = "hessianware.quantized-model"
 _VERSION = 1
+_ENTRY = "hessianware"
 _ACTIVATION_SCALES = "activations:scale"
 _ACTIVATION_ZERO_POINTS = "activations:zero_point"
 
@@ -50,15 +51,17 @@ def to_bytes(model: QuantizedModel) -> bytes:
     tensors |= {name: get_tensor(model, name) for name in _other_tensors(model)}
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     description = {
+        "format": _FORMAT,
+        "version": _VERSION,
         "bits": model.bits,
         "activation_bits": model.activation_bits,
         "quantizers": list(model.quantizers()),
         "example_shape": list(model.example.shape),
         "example_dtype": str(model.example.dtype).removeprefix("torch."),
     }
-    text = json.dumps(description, separators=(",", ":"))
-    metadata = {"format": _FORMAT, "version": str(_VERSION), "model": text, "sha256": _digest(text, tensors)}
-    return safetensors.torch.save(tensors, metadata)
+    description["sha256"] = _digest(description, tensors)
+    # One entry: safetensors writes several in any order, and equal models shall give equal files.
+    return safetensors.torch.save(tensors, {_ENTRY: json.dumps(description, separators=(",", ":"))})
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> QuantizedModel:
@@ -132,18 +135,19 @@ def _read(content: bytes, path: str) -> tuple[dict[str, Any], dict[str, torch.Te
     try:
         tensors = safetensors.torch.load(content)
         length = int.from_bytes(content[:8], "little")  # of the header, which `load` has found to be sound
-        metadata: Mapping[str, str] = json.loads(content[8 : 8 + length]).get("__metadata__", {})
-    except SafetensorError as error:
+        metadata = json.loads(content[8 : 8 + length]).get("__metadata__", {})
+        description = json.loads(metadata.get(_ENTRY, "{}"))
+    except (SafetensorError, ValueError) as error:
         raise ValueError(f"{path} is truncated or damaged: {error}") from error
-    if (metadata.get("format"), metadata.get("version")) != (_FORMAT, str(_VERSION)):
+    if (description.get("format"), description.get("version")) != (_FORMAT, _VERSION):
         raise ValueError(f"{path} is not a quantized model of version {_VERSION}: quantize the network anew")
-    if metadata.get("sha256") != _digest(metadata.get("model", ""), tensors):
+    if description.pop("sha256", None) != _digest(description, tensors):
         raise ValueError(f"{path} was changed after it was written: its contents do not match its checksum")
-    return json.loads(metadata["model"]), tensors
+    return description, tensors
 
 
-def _digest(description: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    digest = hashlib.sha256(description.encode())
+def _digest(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> str:
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name}{tensor.dtype}{tuple(tensor.shape)}".encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if tensor.numel() else b"")

@@ -1,0 +1,155 @@
+"""The integer program against brute force and against published allocations."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import hawq
+from hawq.allocation import Allocation
+from tests.oracles import best_allocation
+
+GOLDEN = Path(__file__).resolve().parents[2] / "shared" / "golden" / "hawq_v3_resnet18.json"
+
+
+@st.composite
+def problems(draw):
+    """Small random tables with up to three budgets and ties; omegas over many orders of magnitude."""
+    widths = draw(st.sampled_from([(2, 4), (2, 4, 8), (2, 3, 4, 8)]))
+    count = draw(st.integers(1, 5))
+    names = [f"layer{index}" for index in range(count)]
+    decades = draw(st.sampled_from([1, 6, 11]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    table = {name: {bits: float(10 ** rng.uniform(-decades, 0)) for bits in widths} for name in names}
+    budgets = []
+    for position in range(draw(st.integers(0, 3))):
+        whole = draw(st.booleans())
+        size = {name: int(rng.integers(1, 1000)) if whole else float(rng.uniform(0.1, 10)) for name in names}
+        costs = {name: {bits: size[name] * bits for bits in widths} for name in names}
+        low = sum(min(row.values()) for row in costs.values())
+        high = sum(max(row.values()) for row in costs.values())
+        budgets.append(hawq.Budget(f"budget{position}", costs, low + rng.uniform(-0.1, 1.0) * (high - low)))
+    ties = [tuple(names[:2])] if count > 2 and draw(st.booleans()) else []
+    if count > 3 and draw(st.booleans()):
+        ties.append((names[1], names[3]))
+    return table, budgets, ties
+
+
+@given(problems())
+@settings(max_examples=150, deadline=None)
+def test_equals_brute_force(problem):
+    table, budgets, ties = problem
+    best = best_allocation(table, budgets, ties)
+    if best is None:
+        with pytest.raises(ValueError, match="budget"):
+            hawq.allocate(table, budgets, ties)
+        return
+    found = hawq.allocate(table, budgets, ties)
+    assert found.objective == pytest.approx(best, rel=1e-9)
+    assert found.gap is not None
+    assert found.gap <= 1e-9
+    for budget in budgets:
+        assert found.budgets[budget.name].used <= budget.limit * (1 + 1e-12)
+        assert found.budgets[budget.name].used == sum(budget.costs[name][bits] for name, bits in found.bits.items())
+    for tie in ties:
+        assert len({found.bits[name] for name in tie}) == 1
+
+
+def published() -> dict:
+    if not GOLDEN.is_file():
+        pytest.skip(f"{GOLDEN.name} is not beside this checkout, in ../shared/golden")
+    return json.loads(GOLDEN.read_text())
+
+
+def test_the_published_allocations_of_hawq_v3():
+    """All nine ResNet-18 allocations that HAWQ-V3 ships (sizes, bit operations, latencies), proven optimal."""
+    golden = published()
+    widths = (4, 8)
+    layers = [str(index) for index in range(len(golden["parameters"]))]
+    omega = {
+        layer: {
+            bits: golden["average_hessian_trace"][index] * golden["delta_weights_squared"][str(bits)][index] for bits in widths
+        }
+        for index, layer in enumerate(layers)
+    }
+    costs = {
+        "modelsize": lambda index, bits: golden["parameters"][index] * bits,
+        "bops": lambda index, bits: golden["macs"][index] * bits * bits,
+        "latency": lambda index, bits: golden["latency_ms"][str(bits)][index],
+    }
+    assert len(golden["allocations"]) == 9
+    for name, expected in golden["allocations"].items():
+        kind, fraction = name.split("_")
+        table = {layer: {bits: costs[kind](index, bits) for bits in widths} for index, layer in enumerate(layers)}
+        low, high = (sum(row[bits] for row in table.values()) for bits in widths)
+        budget = hawq.Budget(kind, table, low + float(fraction) * (high - low))
+        ties = [tuple(str(index) for index in pair) for pair in golden["tied_layers"]]
+        found = hawq.allocate(omega, [budget], ties)
+        assert list(found.bits.values()) == expected["optimal_bits"], name
+        assert found.objective == pytest.approx(expected["optimal_omega"], abs=5e-7), name
+        assert found.gap is not None
+        assert found.gap <= 1e-9
+
+
+def test_no_budget_takes_the_least_sensitive_width_of_each_layer():
+    table = {"a": {2: 1.0, 4: 0.5}, "b": {2: -1.0, 4: 0.0}}
+    assert hawq.allocate(table).bits == {"a": 4, "b": 2}
+
+
+def test_a_table_over_many_orders_of_magnitude():
+    table = {"a": {2: 1e9, 8: 0.0}, "b": {2: 3e-5, 4: 2e-5, 8: 0.0}, "c": {2: 3e-5, 4: 1e-5, 8: 0.0}}
+    costs = {name: {bits: float(bits) for bits in row} for name, row in table.items()}
+    assert hawq.allocate(table, [hawq.Budget("size", costs, 14)]).objective == pytest.approx(4e-5)
+
+
+def test_fractions_that_add_up_exactly_are_within_the_limit():
+    table = {"a": {2: 1.0, 4: 0.5}, "b": {2: 1.0, 4: 0.5}}
+    costs = {"a": {2: 0.1, 4: 0.1}, "b": {2: 0.2, 4: 0.2}}
+    assert hawq.allocate(table, [hawq.Budget("time", costs, 0.3)]).bits == {"a": 4, "b": 4}
+
+
+def test_infeasible_budgets_say_by_how_much():
+    table = {"a": {2: 1.0, 4: 0.5}, "b": {2: 1.0, 4: 0.5}}
+    size = {name: {bits: 100.0 * bits for bits in row} for name, row in table.items()}
+    with pytest.raises(ValueError, match=r"'size' allows 300, but .* already need 400, 100 \(33.3%\) more"):
+        hawq.allocate(table, [hawq.Budget("size", size, 300)])
+    with pytest.raises(ValueError, match=r"'size' allows -5, but .* 405 more"):
+        hawq.allocate(table, [hawq.Budget("size", size, -5)])
+    backwards = {name: {2: 4.0, 4: 2.0} for name in table}
+    budgets = [hawq.Budget("size", size, 600), hawq.Budget("time", backwards, 5)]
+    with pytest.raises(ValueError, match=r"'size' \(600\) and 'time' \(5\) can each be kept, but not together: .* 20.00%"):
+        hawq.allocate(table, budgets)
+
+
+@pytest.mark.parametrize(
+    ("table", "budgets", "ties", "message"),
+    [
+        ({}, [], [], "table is empty"),
+        ({"a": {2: 1.0}}, [], [("a", "z")], "names 'z', which is not in the sensitivity table"),
+        ({"a": {2: 1.0}, "b": {4: 1.0}}, [], [("a", "b")], "a, b have no width in common"),
+        ({"a": {2: math.nan}}, [], [], "sensitivity of layer 'a' at 2 bits is nan"),
+        ({"a": {2: 1.0, 4: 1.0}}, [hawq.Budget("s", {"a": {2: 1.0}}, 3)], [], "no cost for layer 'a' at 4 bits"),
+        ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: 1.0}}, math.nan)], [], "has the limit nan"),
+        ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: math.inf}}, 1)], [], "at 2 bits is not finite"),
+        ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: 1.0}}, 3)] * 2, [], "same name"),
+    ],
+)
+def test_bad_input(table, budgets, ties, message):
+    with pytest.raises(ValueError, match=message):
+        hawq.allocate(table, budgets, ties)
+
+
+def test_allocations_round_trip(tmp_path):
+    table = {"a": {2: 1.0, 4: 0.5}, "b": {2: 1.0, 4: 0.5}}
+    costs = {name: {bits: 100.0 * bits for bits in row} for name, row in table.items()}
+    allocation = hawq.allocate(table, [hawq.Budget("size", costs, 600)]).with_activations(8)
+    allocation.save(tmp_path / "allocation.json")
+    assert Allocation.load(tmp_path / "allocation.json") == allocation
+    assert allocation.average_bits({"a": 10, "b": 30}) in (2.5, 3.5)
+    for text in ("{}", "[]", "no json", allocation.to_json().replace('"version": 1', '"version": 99')):
+        with pytest.raises(ValueError, match="no allocation of version 1"):
+            Allocation.from_json(text)

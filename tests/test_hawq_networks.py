@@ -1,0 +1,216 @@
+"""Every network of the zoo through folding, rounding, saving, loading, exporting and onnxruntime."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import hawq
+from hawq import onnx_export, runtime, storage
+from hawq.fold import folded
+from hawq.graph import find_layers, tied_layers, trace, unreached_weights
+from tests.networks import ZOO, FoldedTime, Shared, build
+from tests.oracles import assert_unchanged, snapshot
+
+
+def all_at(model: nn.Module, inputs: torch.Tensor, bits: int) -> hawq.Allocation:
+    return hawq.Allocation(dict.fromkeys(find_layers(folded(model, inputs[:2])), bits))
+
+
+def unlabelled(inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """A batch for calibration, which reads no targets."""
+    return inputs, torch.zeros(len(inputs))
+
+
+def relative_error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+@pytest.fixture(params=ZOO, scope="module")
+def network(request):
+    return build(request.param)
+
+
+@torch.no_grad()
+def test_folding_changes_nothing(network):
+    model, inputs = network
+    before = snapshot(model)
+    graph = folded(model, inputs[:2])
+    torch.testing.assert_close(graph(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(graph(inputs[:3]), model(inputs[:3]), rtol=1e-4, atol=1e-5)
+    assert folded(graph, inputs[:2]) is graph
+    assert_unchanged(model, before)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("activations", [8, None])
+def test_eight_bits_stay_close_and_onnxruntime_computes_the_same(network, activations):
+    model, inputs = network
+    before, state = snapshot(model), torch.get_rng_state()
+    quantized = hawq.quantize_model(model, all_at(model, inputs, 8), unlabelled(inputs), activations=activations)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    wanted, outputs = model(inputs), quantized(inputs)
+    assert relative_error(outputs, wanted) < (0.05 if activations else 0.01)
+    in_runtime = runtime.network(onnx_export.to_bytes(quantized, inputs[:2]))
+    step = relative_error(in_runtime(inputs), outputs)
+    assert step < (0.02 if activations else 1e-5)  # a code may differ by one where a value lies between two
+    assert relative_error(in_runtime(inputs[:1]), outputs[:1]) < (0.05 if activations else 1e-4)
+    float_runtime = runtime.network(onnx_export.to_bytes(folded(model, inputs[:2]), inputs[:2]))
+    torch.testing.assert_close(float_runtime(inputs), wanted, rtol=1e-3, atol=1e-4)
+
+
+@torch.no_grad()
+def test_files_give_the_same_bits_back(network, tmp_path):
+    model, inputs = network
+    layers = find_layers(folded(model, inputs[:2]))
+    widths = hawq.Allocation({name: 2 + index % 7 for index, name in enumerate(layers)})
+    quantized = hawq.quantize_model(model, widths, unlabelled(inputs))
+    hawq.save(quantized, tmp_path)
+    other = copy.deepcopy(model)
+    for parameter in other.parameters():
+        parameter.fill_(0.5)
+    loaded = hawq.load(tmp_path, other)
+    assert torch.equal(loaded(inputs), quantized(inputs))
+    assert storage.to_bytes(loaded) == storage.to_bytes(quantized)
+    assert onnx_export.to_bytes(loaded, inputs[:2]) == onnx_export.to_bytes(quantized, inputs[:2])
+    copied = copy.deepcopy(quantized)
+    assert storage.to_bytes(copied) == storage.to_bytes(quantized)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["conv net", "audio, padded inside", "branches", "volume", "direct convolutions", "in place"])
+def test_every_convolution_runs_on_integers(name):
+    model, inputs = build(name)
+    quantized = hawq.quantize_model(model, all_at(model, inputs, 3), unlabelled(inputs))
+    kernels = runtime.kernels(onnx_export.to_bytes(quantized, inputs[:2]))
+    layers = find_layers(folded(model, inputs[:2])).values()
+    convolutions = sum("conv" in str(layer.node.target) for layer in layers)
+    assert kernels.get("QLinearConv", 0) == convolutions
+    assert not {"Conv", "FusedConv", "Gemm", "MatMul", "BitwiseAnd"} & set(kernels)
+    assert kernels.get("MatMulInteger", 0) == len(layers) - convolutions
+
+
+def test_multiply_accumulates():
+    model, inputs = build("conv net")
+    layers = find_layers(folded(model, inputs[:2]))
+    assert {name: layer.macs for name, layer in layers.items()} == {
+        "stem": 12 * 12 * 4 * 9,
+        "depthwise": 12 * 12 * 4 * 9,
+        "project": 12 * 12 * 4 * 4,
+        "down": 5 * 5 * 8 * 2 * 9,
+        "fc": 8 * 3,
+    }
+    folded_time = FoldedTime().eval()
+    layers = find_layers(folded(folded_time, torch.zeros(2, 5, 3, 8, 8)))
+    assert layers["c"].macs == 5 * 6 * 6 * 6 * 27
+    assert layers["fc"].macs == 6 * 5
+    tokens = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert [layer.macs for layer in find_layers(folded(tokens, torch.zeros(2, 7, 6))).values()] == [7 * 48, 7 * 24]
+
+
+def test_layers_that_read_the_same_tensor_are_tied(resnet20):
+    layers = find_layers(trace(resnet20.model, torch.zeros(2, 1, 16, 16)))
+    assert len(layers) == 22
+    assert tied_layers(layers) == [
+        ("layer2.0.conv1", "layer2.0.downsample.0"),
+        ("layer3.0.conv1", "layer3.0.downsample.0"),
+    ]
+
+
+def test_a_module_called_twice_stays_in_float():
+    model, inputs = build("a module called twice")
+    assert list(find_layers(folded(model, inputs[:2]))) == ["stem", "fc"]
+
+
+def test_bias_correction_restores_the_means():
+    model, inputs = build("time in the batch", examples=64)
+    outputs = {}
+    for corrected in (False, True):
+        quantized = hawq.quantize_model(
+            model, all_at(model, inputs, 2), unlabelled(inputs), activations=None, bias_correction=corrected
+        )
+        outputs[corrected] = (quantized(inputs) - model(inputs)).mean(0).abs().max().item()
+    assert outputs[True] < 1e-5 < outputs[False]
+
+
+def test_a_channel_of_zeros_keeps_its_bias():
+    model, inputs = (
+        nn.Sequential(nn.Conv2d(1, 3, 3), nn.ReLU(), nn.Flatten(), nn.Linear(48, 2)).eval(),
+        torch.rand(8, 1, 6, 6) * 255,
+    )
+    with torch.no_grad():
+        model[0].weight[1] = 0
+        model[0].bias[1] = 0.45
+        model[0].weight[0] *= 0.01
+        model[0].weight[2] *= 0.01
+    quantized = hawq.quantize_model(model, all_at(model, inputs, 8), unlabelled(inputs), bias_correction=False)
+    layer = quantized.layers()["0"]
+    assert float(layer.real_bias()[1]) == pytest.approx(0.45, rel=1e-5)
+    runtime_outputs = runtime.network(onnx_export.to_bytes(quantized, inputs[:2]))(inputs)
+    assert relative_error(runtime_outputs, quantized(inputs).detach()) < 0.02
+
+
+def test_tiny_weights_beside_a_large_bias_fit_32_bits():
+    model = nn.Sequential(nn.Linear(4, 2), nn.ReLU(), nn.Linear(2, 2)).eval()
+    with torch.no_grad():
+        model[0].weight[0] = 1e-12
+        model[0].bias[0] = 5.0
+    inputs = torch.randn(16, 4)
+    quantized = hawq.quantize_model(model, all_at(model, inputs, 8), unlabelled(inputs))
+    assert float(quantized.layers()["0"].real_bias()[0]) == pytest.approx(5.0, rel=1e-3)
+    assert relative_error(quantized(inputs), model(inputs)) < 0.05
+
+
+def test_equal_tensors_are_stored_once_and_still_shaped_for_each_reader():
+    model = nn.Sequential(nn.Conv2d(8, 8, 1, bias=False), nn.Flatten(), nn.Linear(8, 8, bias=False)).eval()
+    with torch.no_grad():
+        model[2].weight.copy_(model[0].weight.view(8, 8))
+    inputs = torch.randn(4, 8, 1, 1)
+    for activations in (8, None):
+        quantized = hawq.quantize_model(
+            model, all_at(model, inputs, 4), unlabelled(inputs), activations=activations, bias_correction=False
+        )
+        outputs = runtime.network(onnx_export.to_bytes(quantized, inputs[:2]))(inputs)
+        torch.testing.assert_close(outputs, quantized(inputs), rtol=1e-3, atol=0.05)
+
+
+class Branching(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_networks_that_cannot_be_quantized():
+    inputs = torch.randn(8, 6)
+    with pytest.raises(ValueError, match="must not branch on values of tensors"):
+        trace(Branching(), inputs)
+    with pytest.raises(ValueError, match="'weight' is torch.float64: quantization starts from float32"):
+        trace(nn.Linear(6, 2).double(), inputs.double())
+    with pytest.raises(ValueError, match="no quantizable layer"):
+        hawq.sensitivity(nn.ReLU(), nn.CrossEntropyLoss(), (inputs, torch.zeros(8).long()))
+    model = nn.Linear(6, 2)
+    with pytest.raises(ValueError, match="names 'fc', which is no quantizable layer; those are weight"):
+        hawq.quantize_model(model, hawq.Allocation({"fc": 4}), unlabelled(inputs))
+    with pytest.raises(ValueError, match="allocation is empty"):
+        hawq.quantize_model(model, hawq.Allocation({}), unlabelled(inputs))
+    for bits in (1, 9, 4.5):
+        with pytest.raises(ValueError, match=f"a width of {bits} bits"):
+            hawq.quantize_model(model, hawq.Allocation({"weight": bits}), unlabelled(inputs))
+    with pytest.raises(ValueError, match="not to 4"):
+        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), activations=4)
+    with pytest.raises(ValueError, match="'gptq' is none of"):
+        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), rounding="gptq")
+    for activations in (8, None):
+        with pytest.raises(ValueError, match="calibration batch 0 holds NaN or Inf"):
+            hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs / 0), activations=activations)
+    with torch.no_grad():
+        model.weight[0, 0] = torch.nan
+    with pytest.raises(ValueError, match="weight 'weight' holds NaN or Inf"):
+        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs))
+
+
+def test_weights_that_no_operation_uses_are_found():
+    model = Shared()
+    model.spare = nn.Linear(3, 3)
+    assert unreached_weights(model, folded(model, torch.zeros(2, 3, 8, 8))) == ["spare.weight"]
