@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessian.files import write_atomically
+from hessian.files import read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
@@ -36,12 +36,12 @@ class Stages:
         """The result of the stage: read back if it is there, else computed and kept."""
         path = self.folder / f"{name}-{digest(inputs)[:16]}"
         started = time.perf_counter()
-        content = _read(path)
+        content = read_checked(path)
         if content is None:
             content = compute()
             for old in self.folder.glob(f"{name}-*"):
                 old.unlink()
-            write_atomically(path, hashlib.sha256(content).digest() + content)
+            write_checked(path, content)
         else:
             self.reused.append(name)
             logger.info("%s: reused", name)
@@ -51,16 +51,6 @@ class Stages:
     def run_json(self, name: str, inputs: Mapping[str, Any], compute: Callable[[], Any]) -> Any:
         """`run` for a result that JSON can hold."""
         return json.loads(self.run(name, inputs, lambda: json.dumps(compute()).encode()))
-
-
-def _read(path: Path) -> bytes | None:
-    if not path.is_file():
-        return None
-    content = path.read_bytes()
-    if hashlib.sha256(content[32:]).digest() != content[:32]:
-        logger.warning("%s is damaged and computed anew", path)
-        return None
-    return content[32:]
 
 
 def digest(inputs: Mapping[str, Any]) -> str:

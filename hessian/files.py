@@ -1,8 +1,12 @@
 """Writing files so that a reader never sees half of one."""
 
+import hashlib
+import logging
 import os
 import tempfile
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 
 def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None:
@@ -21,3 +25,20 @@ def write_atomically(path: str | os.PathLike[str], content: bytes | str) -> None
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+
+
+def write_checked(path: str | os.PathLike[str], content: bytes) -> None:
+    """`write_atomically`, with the SHA-256 of the content in front."""
+    write_atomically(path, hashlib.sha256(content).digest() + content)
+
+
+def read_checked(path: str | os.PathLike[str]) -> bytes | None:
+    """What `write_checked` wrote; None if there is no such file or it was damaged since (which is logged)."""
+    path = Path(path)
+    if not path.is_file():
+        return None
+    content = path.read_bytes()
+    if hashlib.sha256(content[32:]).digest() != content[:32]:
+        logger.warning("%s is damaged and made anew", path)
+        return None
+    return content[32:]

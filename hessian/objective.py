@@ -1,5 +1,7 @@
 """The loss of a model over a data set: the only place that touches batches, weighting and model calls."""
 
+import contextlib
+import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -40,7 +42,7 @@ class Objective:
             )
         self.model = model
         self.loss = loss
-        self.data = [data] if _is_one_batch(data) else data
+        self.data = [data] if isinstance(data, Mapping) or _is_one_batch(data) else data
         self.forward = forward
         self.items = items
 
@@ -50,6 +52,11 @@ class Objective:
         count = 0
         for batch in self.data:
             count += 1
+            if self.forward is None and not _is_pair(batch):
+                raise TypeError(
+                    f"a batch is a {type(batch).__name__}, not (inputs, targets): say how to call the model with "
+                    "Objective(..., forward=lambda model, batch: ...)"
+                )
             yield map_tensors(lambda tensor: tensor.to(device), batch)
         if count == 0:
             raise ValueError("the data is empty: there is no batch to compute a loss on")
@@ -58,11 +65,6 @@ class Objective:
         """The model's outputs on one batch."""
         if self.forward is not None:
             return self.forward(self.model, batch)
-        if not _is_pair(batch):
-            raise TypeError(
-                f"a batch is a {type(batch).__name__}, not (inputs, targets): say how to call the model with "
-                "Objective(..., forward=lambda model, batch: ...)"
-            )
         return self.model(batch[0])
 
     def targets(self, batch: Any) -> Any:
@@ -74,6 +76,8 @@ class Objective:
         targets = self.targets(batch)
         _check_classes(self.loss, outputs, targets)
         value = self.loss(outputs, targets)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"the loss returned a {type(value).__name__}, not a tensor: do not call .item() in it")
         if value.numel() != 1:
             raise ValueError(f"the loss has shape {tuple(value.shape)}, not one value: use reduction='mean'")
         if not torch.isfinite(value):
@@ -81,7 +85,13 @@ class Objective:
         return value.reshape(())
 
     def weight(self, batch: Any) -> float:
-        """How much the batch's loss counts in the whole: w_b above."""
+        """How much the batch's loss counts in the whole: w_b above, 1 for a loss that sums."""
+        value = 1.0 if self.is_sum else self._count(batch)
+        if not 0 <= value < math.inf:
+            raise ValueError(f"a batch counts {value} items: items must return a finite number, at least 0")
+        return value
+
+    def _count(self, batch: Any) -> float:
         if self.items is not None:
             return float(self.items(batch))
         targets = self.targets(batch)
@@ -102,21 +112,35 @@ class Objective:
         """The sum of the batch weights; 1 for a loss that sums."""
         total = 1.0 if self.is_sum else sum(self.weight(batch) for batch in self.batches())
         if total <= 0:
-            raise ValueError("no item of the data counts: every target is ignored by the loss")
+            raise ValueError("no item of the data counts: batches are empty, or the loss ignores every target")
         return total
 
     def weighted_batches(self) -> Iterator[tuple[Any, float]]:
         """Batches with weights that sum to one (or all 1 for a loss that sums)."""
         total = self.total_weight()
         for batch in self.batches():
-            weight = 1.0 if self.is_sum else self.weight(batch)
+            weight = self.weight(batch)
             if weight > 0:
                 yield batch, weight / total
 
+    @contextlib.contextmanager
+    def undisturbed(self) -> Iterator[None]:
+        """Differentiate inside whatever the caller's mode; buffers and the global random state come back as they were."""
+        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        state = torch.get_rng_state()
+        try:
+            with torch.inference_mode(False), torch.enable_grad():
+                yield
+        finally:
+            torch.set_rng_state(state)
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)
+
     def _why_not_finite(self, value: torch.Tensor, batch: Any) -> str:
-        for name, parameter in self.model.named_parameters():
-            if not torch.isfinite(parameter).all():
-                return f"the loss is {value.item()}: parameter {name!r} holds NaN or Inf"
+        for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
+            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+                return f"the loss is {value.item()}: {name!r} of the model holds NaN or Inf"
         for position, tensor in enumerate(_tensors(batch)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 rows = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)

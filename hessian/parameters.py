@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-Selection = str | Sequence[str] | Sequence[nn.Parameter] | None
+Selection = str | nn.Parameter | Sequence[str] | Sequence[nn.Parameter] | None
 
 
 def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, nn.Parameter]:
@@ -22,7 +22,7 @@ def select_parameters(model: nn.Module, params: Selection = None) -> dict[str, n
     if params is None:
         chosen = {name for name, parameter in named.items() if parameter.requires_grad}
     else:
-        patterns: list[str | nn.Parameter] = [params] if isinstance(params, str) else list(params)
+        patterns: list[str | nn.Parameter] = [params] if isinstance(params, str | nn.Parameter) else list(params)
         chosen = set()
         for pattern in patterns:
             chosen |= _matches(pattern, named)

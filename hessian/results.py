@@ -18,13 +18,15 @@ class LayerRow:
     """Curvature of one parameter tensor.
 
     trace: of its diagonal Hessian block. trace_stderr: its standard error, 0.0 where exact. exact: whether the trace
-    is free of sampling error. num_params: the tensor's size. reason: why the trace is not exact, else empty.
+    is free of sampling error. num_params: the tensor's size. converged: whether the standard error is within what was
+    asked for. reason: why the trace is not exact, else empty.
     """
 
     trace: float
     trace_stderr: float
     exact: bool
     num_params: int
+    converged: bool = True
     reason: str = ""
 
 
@@ -68,7 +70,7 @@ class LayerReport(Mapping[str, LayerRow]):
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "LayerReport":
         """Read what `save` wrote; ValueError for any other file."""
-        return cls.from_json(Path(path).read_text())
+        return cls.from_json(Path(path).read_text(errors="replace"))
 
     def __repr__(self) -> str:
         width = max([len(name) for name in self], default=4)

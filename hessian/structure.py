@@ -32,13 +32,9 @@ _PIECEWISE_LINEAR = frozenset(
         "Rrelu", "Threshold", "Where",
     )
 )
-# Products of several inputs: linear in each, not in two at once.
-_MULTILINEAR = frozenset(
-    (
-        "Addbmm", "Addmm", "Addmv", "Baddbmm", "Bmm", "ConvDepthwise2D", "Embedding", "Linear", "Mkldnn_Convolution",
-        "Mm", "Mul", "Mv", "Prelu", "PreluKernel", "SlowConv2D", "ThnnConv2D",
-    )
-)
+# Products of several inputs: linear in each, not in two at once; and products with something added in front.
+_PRODUCTS = frozenset(("Bmm", "Embedding", "Mm", "Mul", "Mv", "Prelu", "PreluKernel"))
+_ADDED_PRODUCTS = frozenset(("Addbmm", "Addmm", "Addmv", "Baddbmm"))
 # fmt: on
 _WITH_RUNNING_STATISTICS = frozenset(("NativeBatchNorm", "NativeBatchNormLegitNoTraining", "CudnnBatchNorm"))
 _TRANSPOSITIONS = frozenset(("T", "Transpose"))
@@ -60,13 +56,13 @@ class WeightUse:
 class Certificate:
     """What the autograd graph proves of one parameter.
 
-    piecewise_linear: the outputs are piecewise linear in it. reason: why not, where it is not. use: the node it enters,
-    where there is exactly one.
+    use: the one node that it enters, where the outputs are piecewise linear in it; else None. absent: whether the
+    outputs provably do not depend on it. reason: why there is neither.
     """
 
-    piecewise_linear: bool
-    reason: str
     use: WeightUse | None
+    absent: bool = False
+    reason: str = ""
 
 
 def operation(node: Node) -> str:
@@ -78,65 +74,96 @@ def certify(outputs: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> di
     """One certificate for each parameter, from the graph that computed `outputs`.
 
     A node's dependence on the parameters is a bit mask, propagated from the leaves to the outputs; a node that is not
-    linear in the inputs that depend on a parameter breaks that parameter's certificate.
+    linear in the inputs that depend on a parameter breaks that parameter's certificate. A node written in Python
+    (custom functions, reentrant checkpointing) can do anything, and hide parameters too.
     """
     names = list(parameters)
     bit = {id(parameter): 1 << index for index, parameter in enumerate(parameters.values())}
-    reasons: dict[str, str] = {}
+    matrices = sum(1 << index for index, parameter in enumerate(parameters.values()) if parameter.dim() == 2)
+    curved: dict[str, str] = {}
     depends: dict[Node, int] = {}
     uses: dict[str, list[WeightUse]] = {name: [] for name in names}
     carried: dict[Node, int] = {}  # parameters of which the node is a mere transposition
-    for node in _inputs_first(outputs):
-        if hasattr(node, "variable"):
-            depends[node] = carried[node] = bit.get(id(node.variable), 0)
+    opaque = ""
+    for node in _inputs_first(outputs.grad_fn):
+        if _is_leaf(node):
+            depends[node] = carried[node] = bit.get(id(node.variable), 0)  # type: ignore[attr-defined]
             continue
+        if _is_opaque(node):
+            opaque = operation(node)
         masks = [depends[source] if source is not None else 0 for source, _ in node.next_functions]
         depends[node] = _union(masks)
         for index in _bits(_curved_in(node, masks)):
-            reasons.setdefault(names[index], f"{operation(node)} is not linear in it")
+            curved.setdefault(names[index], f"{operation(node)} is not linear in it")
         for slot, (source, _) in enumerate(node.next_functions):
             whole = carried.get(source, 0) if source is not None else 0
-            if whole and operation(node) in _TRANSPOSITIONS:
+            if operation(node) in _TRANSPOSITIONS and not whole & ~matrices:
                 carried[node] = whole
-            else:
-                for index in _bits(whole):
-                    uses[names[index]].append(WeightUse(node, slot))
+                whole = 0
+            for index in _bits(whole):
+                uses[names[index]].append(WeightUse(node, slot))
     reached = depends.get(outputs.grad_fn, 0) if outputs.grad_fn is not None else 0
     certificates = {}
     for index, name in enumerate(names):
         if not reached >> index & 1:
-            certificates[name] = Certificate(True, "the outputs do not depend on it", None)
-            continue
-        reason = reasons.get(name, "")
-        use = uses[name][0] if len(uses[name]) == 1 else None
-        if not reason and use is None:
-            reason = f"it is used {len(uses[name])} times"
-        certificates[name] = Certificate(name not in reasons, reason, use)
+            hidden = f"{opaque}, a function written in Python, may use it unseen" if opaque else ""
+            certificates[name] = Certificate(None, absent=not opaque, reason=hidden)
+        elif name in curved:
+            certificates[name] = Certificate(None, reason=curved[name])
+        elif len(uses[name]) != 1:
+            certificates[name] = Certificate(None, reason=f"it enters {len(uses[name])} operations")
+        else:
+            certificates[name] = Certificate(uses[name][0])
     return certificates
+
+
+def reachable_parameters(result: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """The parameters that `result` depends on; all of them where a node written in Python might hide some."""
+    nodes = list(_inputs_first(result.grad_fn))
+    if any(_is_opaque(node) for node in nodes):
+        return list(parameters)
+    leaves = {id(node.variable) for node in nodes if _is_leaf(node)}  # type: ignore[attr-defined]
+    return [name for name, parameter in parameters.items() if id(parameter) in leaves]
+
+
+def _is_leaf(node: Node) -> bool:
+    return node.name() == "torch::autograd::AccumulateGrad"
+
+
+def _is_opaque(node: Node) -> bool:
+    return isinstance(node, torch.autograd.function.BackwardCFunction)
 
 
 def _curved_in(node: Node, masks: list[int]) -> int:
     """The parameters in which this node, with its inputs depending on them as in `masks`, is not piecewise linear."""
     kind = operation(node)
+    if _is_opaque(node) or _is_complex(node):
+        return _union(masks)
+    if any(source is not None and _is_complex(source) for source, _ in node.next_functions):
+        return _union(masks)  # |z| and its like are not piecewise linear
     if kind in _LINEAR or kind in _PIECEWISE_LINEAR:
         return 0
     if kind in _WITH_RUNNING_STATISTICS and not getattr(node, "_saved_training", False):
         return _shared(masks[:2])  # the shift is added
     if kind == "Convolution":
         return _shared(masks[:2])  # the bias is added
-    if kind in _MULTILINEAR:
-        return _shared(masks[1:] if kind.startswith(("Add", "Badd")) else masks)
+    if kind in _ADDED_PRODUCTS:
+        return _shared(masks[1:])
+    if kind in _PRODUCTS:
+        return _shared(masks)
     if kind == "Div":
         return _union(masks[1:])  # linear in the numerator alone
     return _union(masks)
 
 
-def _inputs_first(outputs: torch.Tensor) -> Iterator[Node]:
+def _is_complex(node: Node) -> bool:
+    return any(result.dtype.is_complex for result in node._input_metadata)
+
+
+def _inputs_first(last: Node | None) -> Iterator[Node]:
     """Every node of the graph, each after the nodes that it takes its inputs from."""
-    if outputs.grad_fn is None:
-        return
     done: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(outputs.grad_fn, False)]
+    stack: list[tuple[Node, bool]] = [] if last is None else [(last, False)]
     while stack:
         node, expanded = stack.pop()
         if node in done:

@@ -66,6 +66,8 @@ def load_task(text: str, weights: str | os.PathLike[str] | None = None) -> Task:
 
 def _call(text: str) -> Task:
     module_name, _, attribute = text.partition(":")
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UnknownTaskError(f"task {text!r}: {module_name!r} is no name of a module, such as package.module")
     if "" not in sys.path and os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # console scripts, unlike `python -m`, do not look here
     try:
@@ -75,7 +77,9 @@ def _call(text: str) -> Task:
             raise  # the module was found; something that it imports was not
         raise UnknownTaskError(f"task {text!r}: there is no module {module_name!r} here or among the installed") from error
     function = getattr(module, attribute, None)
-    if not callable(function):
+    if function is not None and not callable(function):
+        raise UnknownTaskError(f"task {text!r}: {attribute!r} is a {type(function).__name__}, not a function")
+    if function is None:
         near = difflib.get_close_matches(attribute, dir(module), n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
         raise UnknownTaskError(f"task {text!r}: module {module_name!r} has no function {attribute!r}{hint}")
@@ -120,12 +124,12 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
             raise ValueError(f"{path} is damaged or is no safetensors file: {error}") from error
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"{path} is no plain file of tensors: it is damaged, or would have to run code to be read (nothing was run). "
+            "Save it anew with torch.save(model.state_dict(), ...) or as safetensors"
+        ) from error
     except Exception as error:  # a damaged file can make the reader fail in any way
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported global" in str(error):
-            raise ValueError(
-                f"{path} holds more than tensors and would have to run code to be read, so it was not: "
-                "save it anew with torch.save(model.state_dict(), ...) or as safetensors"
-            ) from error
         raise ValueError(f"{path} is damaged or is no file of weights") from error
     for key in ("state_dict", "model"):
         if isinstance(state, Mapping) and isinstance(state.get(key), Mapping):

@@ -185,7 +185,7 @@ def test_networks_that_cannot_be_quantized():
     inputs = torch.randn(8, 6)
     with pytest.raises(ValueError, match="must not branch on values of tensors"):
         trace(Branching(), inputs)
-    with pytest.raises(ValueError, match="'weight' is torch.float64: quantization starts from float32"):
+    with pytest.raises(ValueError, match=r"'weight' is torch\.float64: quantization starts from float32"):
         trace(nn.Linear(6, 2).double(), inputs.double())
     with pytest.raises(ValueError, match="no quantizable layer"):
         hawq.sensitivity(nn.ReLU(), nn.CrossEntropyLoss(), (inputs, torch.zeros(8).long()))

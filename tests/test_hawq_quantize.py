@@ -41,6 +41,9 @@ def build(train=None, model=None, loss=None):
     return hessian.Task(model, train or data, data, loss or nn.CrossEntropyLoss(), accuracy, "small")
 
 def task():
+    return build()
+
+def noisy():
     print("noise on standard output")
     return build()
 
@@ -88,7 +91,7 @@ def slow():
             return 64
         def __getitem__(self, index):
             if os.environ.get("SLOW"):
-                time.sleep(0.2)
+                time.sleep(0.1)
             return build_once.train[index]
     return dataclasses.replace(build_once, evaluation=Slow())
 
@@ -212,7 +215,7 @@ def test_tampered_and_truncated_files_are_refused(demo, resnet20, tmp_path):
 
 
 def test_json_alone_on_standard_output_and_nothing_overwritten(folder):
-    first = run("user_networks:task", "--out", "o", "--json")
+    first = run("user_networks:noisy", "--out", "o", "--json")
     assert first.returncode == 0, first.stderr
     report = json.loads(first.stdout)
     assert json.loads((folder / "o" / "report.json").read_text()) == report
@@ -252,6 +255,7 @@ def test_weights_only_and_other_outputs(folder):
     assert report["predicted_increase"] is None
     assert report["activation_bits"] is None
     assert [row["exact"] for row in report["layers"]] == [False, True]
+    assert [row["reason"] for row in report["layers"]] == ["Gelu is not linear in it", ""]
     assert (folder / "o" / "report.html").is_file()
 
 
@@ -297,6 +301,7 @@ def test_one_clear_line_and_nothing_written(folder, capsys, monkeypatch, argumen
 
 def test_unreached_weights_can_be_dropped_on_purpose(folder):
     assert run("user_networks:unreached", "--out", "o", "--drop-unreached").returncode == 0
+    assert (folder / "o" / "model.onnx").is_file()
 
 
 def test_a_read_only_folder(folder):
@@ -311,7 +316,7 @@ def test_a_read_only_folder(folder):
 def test_a_full_disk_is_noticed_first(folder, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "user_networks", raising=False)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000))
     assert main(["user_networks:task", "--out", "o"]) == 1
     assert "o has 1,000 bytes free, and this job needs up to" in capsys.readouterr().err
 
@@ -321,7 +326,7 @@ def test_a_disk_that_fills_while_writing(folder, monkeypatch, capsys):
     monkeypatch.delitem(sys.modules, "user_networks", raising=False)
 
     def full(path, content):
-        raise OSError(28, "No space left on device", str(path))
+        raise OSError(28, f"No space left on device for {len(content)} bytes", str(path))
 
     monkeypatch.setattr("hawq.quantize.write_atomically", full)
     assert main(["user_networks:task", "--out", "o"]) == 1

@@ -153,8 +153,183 @@ def test_examples_that_depend_on_each_other_are_noticed(how):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = Shared(how).double()
-    with pytest.raises(ValueError, match="depend on other examples"):
+    with pytest.raises(ValueError, match="do not belong to one example each"):
         hessian.layer_report(model, nn.CrossEntropyLoss(), classification(6, 4), "one.weight", method="exact")
+
+
+class Mixing(nn.Module):
+    """Examples that see each other in one direction only, or in a layout with examples second."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.how = how
+        self.one = nn.Linear(4, 4)
+        self.two = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.how == "sequence first":
+            tokens = torch.stack([x, 2 * x, x - 1, x.abs(), x + 1, -x, 0 * x, x + 2], 1)
+            return self.two(F.relu(self.one(tokens.permute(1, 0, 2)))[0])
+        hidden = F.relu(self.one(x))
+        match self.how:
+            case "sees the one before":
+                hidden = hidden + torch.cat([torch.zeros_like(hidden[:1]), hidden[:-1]])
+            case "all see the first":
+                hidden = hidden + hidden[:1]
+            case "all see the last":
+                hidden = hidden + hidden[-1:]
+            case "the first sees all":
+                hidden = torch.cat([hidden.sum(0, keepdim=True), hidden[1:]])
+            case "pairs":
+                hidden = hidden.view(-1, 2, 4).flip(1).reshape(-1, 4) + hidden
+        return self.two(hidden)
+
+
+@pytest.mark.parametrize("count", [2, 4, 6, 8])
+@pytest.mark.parametrize(
+    "how", ["sees the one before", "all see the first", "all see the last", "the first sees all", "pairs", "sequence first"]
+)
+def test_examples_that_see_each_other_one_way_are_noticed(how, count):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Mixing(how).double()
+    data, loss = classification(count, 4), nn.CrossEntropyLoss()
+    generator = torch.Generator().manual_seed(0)
+    report = hessian.layer_report(model, loss, data, generator=generator, max_probes=8)
+    expected = truth(model, loss, data, report)
+    assert not report["one.weight"].exact
+    assert report["two.weight"].exact
+    assert report["two.weight"].trace == pytest.approx(expected["two.weight"], rel=1e-9)
+
+
+class _Tanh(torch.autograd.Function):
+    """Curved, and named like a product of torch's own."""
+
+    @staticmethod
+    def forward(context, x):
+        context.save_for_backward(x)
+        context.variable = x
+        return x.tanh()
+
+    @staticmethod
+    def backward(context, gradient):
+        (x,) = context.saved_tensors
+        return gradient * (1 - x.tanh() ** 2)
+
+
+Linear = type("Linear", (_Tanh,), {})
+
+
+@pytest.mark.parametrize("hide", ["function", "checkpoint", "complex"])
+def test_what_python_hides_is_not_certified(hide):
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 3)
+
+        def forward(self, x):
+            match hide:
+                case "function":
+                    hidden = Linear.apply(self.one(x))
+                case "complex":
+                    hidden = self.one(x)
+                    hidden = (hidden + 1j * hidden.flip(1)).abs()
+                case _:
+                    hidden = torch.utils.checkpoint.checkpoint(self.one, x.requires_grad_(True), use_reentrant=True)
+            return self.two(hidden)
+
+    with pytest.raises(ValueError, match=r"'one\.weight' is not exact"):
+        hessian.layer_report(Net().double(), nn.CrossEntropyLoss(), classification(5, 4), "one.weight", method="exact")
+
+
+def test_a_loss_that_reaches_parameters_by_itself_is_noticed():
+    model, data = seeded(SmoothNet), classification(5, 4)
+
+    def decayed(outputs, targets):
+        return F.cross_entropy(outputs, targets) + model.last.weight.square().sum()
+
+    report = hessian.layer_report(model, decayed, data, "last.*", max_probes=2048, rtol=0.02)
+    assert report["last.bias"].exact
+    assert not report["last.weight"].exact
+    assert report["last.weight"].reason == "the loss depends on it directly"
+    expected = truth(model, decayed, data, report)
+    assert abs(report["last.weight"].trace - expected["last.weight"]) <= 4 * report["last.weight"].trace_stderr
+
+
+def test_random_forwards_are_noticed_and_repeated_alike():
+    model = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3)).double()
+    data, loss = classification(6, 4), nn.CrossEntropyLoss()
+    with pytest.raises(ValueError, match="draws random numbers"):
+        hessian.layer_report(model, loss, data, method="exact")
+    state = torch.get_rng_state()
+    operator = hessian.Hessian(model, loss, data)
+    vector = torch.ones(operator.shape[0], dtype=torch.float64)
+    assert torch.equal(operator @ vector, operator @ vector)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_train_mode_statistics_come_back():
+    model, data = seeded(ConvNet).train(), classification(6, 1, 8, 8)
+    before = snapshot(model)
+    generator = torch.Generator().manual_seed(0)
+    hessian.layer_report(model, nn.CrossEntropyLoss(), data, max_probes=4, generator=generator)
+    assert_unchanged(model, before)
+
+
+def test_under_inference_mode():
+    model, data, loss = seeded(ConvNet), classification(4, 1, 8, 8), nn.CrossEntropyLoss()
+    expected = hessian.layer_report(model, loss, data)
+    with torch.no_grad():
+        assert dict(hessian.layer_report(model, loss, data)) == dict(expected)
+    with torch.inference_mode():
+        assert dict(hessian.layer_report(model, loss, data)) == dict(expected)
+
+
+class Biases(nn.Module):
+    """Additions to a matrix product that are no plain bias, a transposed kernel, a wide transposed convolution."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.row = nn.Parameter(torch.randn(1, 3))
+        self.all = nn.Parameter(torch.randn(6, 3))
+        self.one = nn.Parameter(torch.randn(1))
+        self.matrix = nn.Parameter(torch.randn(8, 3))
+        self.kernel = nn.Parameter(torch.randn(2, 1, 1, 3))
+        self.up = nn.ConvTranspose2d(2, 2, 3, dilation=2, output_padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(F.conv2d(x, self.kernel.transpose(2, 3)))
+        x = F.relu(self.up(x)).flatten(1)[:, :8]
+        return sum(torch.addmm(bias, x, self.matrix) for bias in (self.row, self.all, self.one))
+
+
+def test_unusual_uses_are_right_or_sampled():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = Biases().double()
+    data, loss = classification(6, 1, 5, 5), nn.CrossEntropyLoss()
+    report = hessian.layer_report(model, loss, data, max_probes=8, generator=torch.Generator().manual_seed(0))
+    expected = truth(model, loss, data, report)
+    assert report["up.weight"].exact
+    for name, row in report.items():
+        if row.exact:
+            assert row.trace == pytest.approx(expected[name], rel=1e-9), name
+
+
+def test_outputs_without_a_class_dimension():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 1), nn.Flatten(0)).double()
+    inputs, targets = classification(6, 4)
+    data, loss = (inputs, targets.double()), nn.MSELoss()
+    report = hessian.layer_report(model, loss, data, method="exact")
+    for name, value in truth(model, loss, data, report).items():
+        assert report[name].trace == pytest.approx(value, rel=1e-9)
+
+
+def test_bad_sampling_arguments():
+    arguments = seeded(SmoothNet), nn.CrossEntropyLoss(), classification(3, 4)
+    for options in ({"max_probes": 0}, {"max_probes": 1}, {"rtol": -1.0}, {"rtol": float("nan")}):
+        with pytest.raises(ValueError, match="give at least 2 probes and a tolerance of at least 0"):
+            hessian.layer_report(*arguments, **options)
 
 
 def test_a_loss_that_couples_examples_is_noticed():
@@ -174,10 +349,9 @@ def test_train_mode_batch_norm_is_not_exact():
 def test_certificates_name_the_reason():
     model = seeded(SmoothNet)
     certificates = certify(model(classification(3, 4)[0]), dict(model.named_parameters()))
-    assert certificates["last.weight"].piecewise_linear
     assert certificates["last.weight"].use is not None
     assert certificates["last.weight"].use.operation == "Addmm"
-    assert not certificates["first.weight"].piecewise_linear
+    assert certificates["first.weight"].use is None
     assert "LayerNorm" in certificates["first.weight"].reason
 
 

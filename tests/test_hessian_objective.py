@@ -35,7 +35,7 @@ def test_batches_add_up_to_the_loss_of_the_whole(loss, split):
     model = seeded(SmoothNet)
     inputs, targets = classification(10, 4)
     batches = list(zip(inputs.split(split), targets.split(split), strict=True))
-    whole = float(loss(model(inputs), targets))
+    whole = float(loss(model(inputs), targets).detach())
     assert mean_loss(hessian.Objective(model, loss, batches)) == pytest.approx(whole, rel=1e-12)
 
 
@@ -47,7 +47,7 @@ def test_a_batch_without_a_counting_item_does_not_count():
     loss = nn.CrossEntropyLoss(ignore_index=2)
     batches = [(inputs[:3], targets[:3]), (inputs[3:], targets[3:])]
     assert mean_loss(hessian.Objective(model, loss, batches)) == pytest.approx(float(loss(model(inputs), targets)), rel=1e-12)
-    with pytest.raises(ValueError, match="every target is ignored"):
+    with pytest.raises(ValueError, match="the loss ignores every target"):
         mean_loss(hessian.Objective(model, loss, batches[:1]))
 
 
@@ -100,8 +100,17 @@ def test_bad_data():
         mean_loss(hessian.Objective(model, nn.CrossEntropyLoss(reduction="none"), (inputs, targets)))
     with torch.no_grad():
         model.last.weight[0, 0] = math.inf
-    with pytest.raises(ValueError, match=r"parameter 'last\.weight' holds NaN or Inf"):
+    with pytest.raises(ValueError, match=r"'last\.weight' of the model holds NaN or Inf"):
         mean_loss(hessian.Objective(model, loss, (inputs, targets)))
+
+
+def test_items_and_losses_that_make_no_sense():
+    model, data = seeded(SmoothNet), classification(4, 4)
+    for value in (math.nan, -1.0, math.inf):
+        with pytest.raises(ValueError, match="a finite number, at least 0"):
+            mean_loss(hessian.Objective(model, nn.CrossEntropyLoss(), data, items=lambda _, value=value: value))
+    with pytest.raises(TypeError, match="the loss returned a float"):
+        mean_loss(hessian.Objective(model, lambda outputs, targets: float(outputs.sum() * targets.sum()), data))
 
 
 def test_data_loader_batches_are_accepted():

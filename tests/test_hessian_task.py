@@ -92,7 +92,7 @@ def test_the_cache_is_used_and_retrained_when_damaged(resnet20, monkeypatch, cap
     arguments = ("digits-resnet20", resnet20.model, resnet20.train, resnet20.evaluation, Recipe(epochs=15))
     assert torch.equal(pretrained_weights(*arguments)["fc.bias"], resnet20.model.fc.bias)
     assert trainings == []
-    (file,) = cache_folder().glob("digits-resnet20-*.safetensors")
+    (file,) = cache_folder().glob("digits-resnet20-*")
     content = bytearray(file.read_bytes())
     content[-5] ^= 1
     file.write_bytes(content)
@@ -132,7 +132,9 @@ def test_a_users_task(user_module):
         ("digits-resnet2", ValueError, r"unknown task 'digits-resnet2' \(did you mean 'digits-resnet20'\?\)"),
         ("no_such_module:task", ValueError, "there is no module 'no_such_module'"),
         ("user_tasks:tusk", ValueError, r"no function 'tusk' \(did you mean 'task'\?\)"),
-        ("user_tasks:number", ValueError, "no function 'number'"),
+        ("user_tasks:number", ValueError, "'number' is a int, not a function"),
+        ("./user_tasks:task", ValueError, "'./user_tasks' is no name of a module"),
+        (":task", ValueError, "'' is no name of a module"),
         ("user_tasks:not_a_task", TypeError, "returned a int, not a hessian.Task"),
         ("user_tasks:empty", ValueError, "the train dataset is empty"),
         ("broken_tasks:task", ModuleNotFoundError, "no_such_package_anywhere"),
@@ -195,8 +197,8 @@ def test_damaged_and_malicious_files(user_module):
     for name, message in (
         ("missing.pt", "does not exist"),
         ("short.safetensors", "is damaged or is no safetensors file"),
-        ("short.pt", "is damaged or is no file of weights|holds more than tensors"),
-        ("bad.pt", "would have to run code"),
+        ("short.pt", "is damaged"),
+        ("bad.pt", r"would have to run code to be read \(nothing was run\)"),
         ("zip.pt", "would have to run code"),
         ("list.pt", "holds a list, not a state dict"),
     ):

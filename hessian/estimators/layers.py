@@ -14,6 +14,7 @@ from hessian.parameters import Selection, requiring_grad, select_parameters
 from hessian.results import LayerReport, LayerRow
 
 _PROBES_AT_ONCE = 8
+_MIN_PROBES = 32  # a standard error of fewer is too noisy to stop by
 
 
 def layer_report(
@@ -37,14 +38,17 @@ def layer_report(
     """
     if method not in ("auto", "exact", "hutchinson"):
         raise ValueError(f"method {method!r} is none of 'auto', 'exact', 'hutchinson'")
+    if max_probes < 2 or not rtol >= 0:
+        raise ValueError(f"max_probes={max_probes} and rtol={rtol}: give at least 2 probes and a tolerance of at least 0")
     objective = as_objective(model, loss, data)
     parameters = select_parameters(objective.model, params)
-    with requiring_grad(parameters), torch.enable_grad():
+    with requiring_grad(parameters):
         if method == "hutchinson":
             traces: dict[str, float] = {}
             reasons = dict.fromkeys(parameters, "sampling was asked for")
         else:
-            traces, reasons = _exact_traces(objective, parameters, progress)
+            with objective.undisturbed():
+                traces, reasons = _exact_traces(objective, parameters, progress)
         if method == "exact" and reasons:
             name, reason = next(iter(reasons.items()))
             raise ValueError(f"the trace of {name!r} is not exact: {reason}; use method='auto' to sample it")
@@ -54,7 +58,8 @@ def layer_report(
             sampled = Hessian(objective, params=list(reasons))
             means, errors, num_matvecs = _hutchinson_by_parameter(sampled, rtol, max_probes, generator, progress)
             for name, mean, error in zip(sampled.parameters, means.tolist(), errors.tolist(), strict=True):
-                rows[name] = LayerRow(mean, error, False, parameters[name].numel(), reasons[name])
+                converged = error <= rtol * abs(mean)
+                rows[name] = LayerRow(mean, error, False, parameters[name].numel(), converged, reasons[name])
     return LayerReport({name: rows[name] for name in parameters}, num_matvecs)
 
 
@@ -95,6 +100,8 @@ def _hutchinson_by_parameter(
             bar.update(count)
             means = torch.stack(samples).mean(0)
             errors = torch.stack(samples).std(0) / len(samples) ** 0.5
-            if len(samples) >= 2 and bool((errors <= rtol * means.abs()).all()):
+            if len(samples) >= min(_MIN_PROBES, max_probes) and bool((errors <= rtol * means.abs()).all()):
                 break
+    if not torch.isfinite(means).all():
+        raise ValueError("the curvature is not finite: the loss has no second derivative here, or overflows")
     return means, errors, len(samples)

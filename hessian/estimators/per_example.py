@@ -20,14 +20,15 @@ from hessian.structure import WeightUse
 _PATCH_BYTES = 64 * 2**20  # patches unfolded at a time
 
 
-def is_supported(use: WeightUse) -> bool:
+def is_supported(use: WeightUse, parameter: nn.Parameter) -> bool:
     """Whether this file can read per-example gradients off this use of a parameter."""
     node = use.node
     match use.operation:
         case "Convolution" | "NativeBatchNorm":
             return use.slot in (1, 2)
-        case "Addmm":
-            return use.slot in (0, 2) and node._saved_alpha == 1 and node._saved_beta == 1  # type: ignore[attr-defined]
+        case "Addmm" if node._saved_alpha == 1 and node._saved_beta == 1:  # type: ignore[attr-defined]
+            width = node._saved_mat2_sym_sizes[1]  # type: ignore[attr-defined]
+            return use.slot == 2 or (use.slot == 0 and parameter.shape == (width,))
         case "Mm":
             return use.slot == 1
     return False
@@ -45,7 +46,7 @@ def squared_gradient_norms(
     node, kind = use.node, use.operation
     if kind == "NativeBatchNorm":
         return torch.stack([_affine_norms(node, use.slot, gradient, num_examples) for gradient in gradients])
-    if parameter.dim() == 1:  # a bias: its gradient is the sum over positions
+    if use.slot == (2 if kind == "Convolution" else 0):  # a bias: its gradient is the sum over positions
         return torch.stack([_bias_norms(kind, gradient, num_examples) for gradient in gradients])
     if kind == "Convolution":
         return _convolution_norms(node, parameter, gradients, num_examples)
@@ -76,10 +77,10 @@ def _convolution_norms(node: Node, weight: nn.Parameter, gradients: Sequence[tor
     inputs, groups = node._saved_input, node._saved_groups  # type: ignore[attr-defined]
     transposed = node._saved_transposed  # type: ignore[attr-defined]
     kernel = tuple(weight.shape[2:])
-    settings = (node._saved_stride, node._saved_padding, node._saved_dilation)  # type: ignore[attr-defined]
     unfolded = gradients[0] if transposed else inputs
-    positions = prod((inputs if transposed else gradients[0]).shape[2:])
-    per_row = unfolded.shape[1] * prod(kernel) * positions * unfolded.element_size()
+    positions = tuple((inputs if transposed else gradients[0]).shape[2:])
+    settings = (positions, node._saved_stride, node._saved_padding, node._saved_dilation)  # type: ignore[attr-defined]
+    per_row = unfolded.shape[1] * prod(kernel) * prod(positions) * unfolded.element_size()
     repeats = inputs.shape[0] // num_examples
     step = max(1, _PATCH_BYTES // (per_row * repeats))
     norms = []
@@ -109,18 +110,15 @@ def _positions(tensor: torch.Tensor, groups: int) -> torch.Tensor:
 def _patches(
     inputs: torch.Tensor,
     kernel: tuple[int, ...],
+    out: tuple[int, ...],
     stride: Sequence[int],
     padding: Sequence[int],
     dilation: Sequence[int],
     groups: int,
 ) -> torch.Tensor:
-    """What each position of a convolution sees: (N, G, K, P), in any number of spatial dimensions."""
+    """What each of `out` positions of a convolution sees: (N, G, K, P), in any number of spatial dimensions."""
     padded = nn.functional.pad(inputs, [amount for amount in reversed(padding) for _ in range(2)]).contiguous()
     size, channels = padded.shape[0], padded.shape[1] // groups
-    out = [
-        (length - spread * (width - 1) - 1) // step + 1
-        for length, width, step, spread in zip(padded.shape[2:], kernel, stride, dilation, strict=True)
-    ]
     by_row, by_channel, *by_space = padded.stride()
     view = padded.as_strided(
         (size, groups, channels, *kernel, *out),

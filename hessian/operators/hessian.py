@@ -46,9 +46,11 @@ class Hessian(LinearOperator):
     def _matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         parameters = list(self.parameters.values())
         products = torch.zeros_like(vectors)
-        with requiring_grad(self.parameters), torch.enable_grad():
+        with requiring_grad(self.parameters), self.objective.undisturbed():
             for batch, weight in self.objective.weighted_batches():
                 loss = self.objective.batch_loss(self.objective.outputs(batch), batch)
+                if not loss.requires_grad:
+                    raise ValueError("the loss depends on no selected parameter: forward or loss detach it or use no_grad")
                 gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True, materialize_grads=True)
                 curved = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
                 if not curved:

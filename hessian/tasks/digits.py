@@ -46,7 +46,7 @@ def _digits(name: str, build: Callable[[], nn.Module], recipe: Recipe, pretraine
     train, test = digits_datasets()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(recipe.seed)
-        model = build()
+        model = build().float()
     if pretrained:
         model.load_state_dict(pretrained_weights(name, model, train, test, recipe))
     model.eval()

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 from tqdm.auto import tqdm
 
-from hessian.files import write_atomically
+from hessian.files import read_checked, write_checked
 
 logger = logging.getLogger(__name__)
 
@@ -35,8 +35,8 @@ class Recipe:
 
 def cache_folder() -> Path:
     """$HESSIANWARE_CACHE, or the folder `hessianware` where this system keeps caches."""
-    if "HESSIANWARE_CACHE" in os.environ:
-        return Path(os.environ["HESSIANWARE_CACHE"])
+    if os.environ.get("HESSIANWARE_CACHE"):
+        return Path(os.environ["HESSIANWARE_CACHE"]).expanduser()
     if sys.platform == "win32":
         return Path(os.environ.get("LOCALAPPDATA", Path.home() / "AppData" / "Local")) / "hessianware"
     if sys.platform == "darwin":
@@ -51,24 +51,21 @@ def pretrained_weights(
 
     Raises RuntimeError if training ends below 99% test accuracy.
     """
-    described = hashlib.sha256(repr(sorted(asdict(recipe).items())).encode()).hexdigest()[:8]
-    path = cache_folder() / f"{name}-seed{recipe.seed}-{described}.safetensors"
-    checksum = path.with_suffix(".sha256")
-    if path.is_file() and checksum.is_file():
-        content = path.read_bytes()
-        if hashlib.sha256(content).hexdigest() == checksum.read_text().strip():
-            return safetensors.torch.load(content)
-        logger.warning("%s is damaged: training %s anew", path, name)
-    trained = train_classifier(model, train, recipe, progress=f"training {name}")
-    accuracy = _accuracy(trained, test)
-    if accuracy < REQUIRED_ACCURACY:
-        raise RuntimeError(f"training {name} ended at {accuracy:.2%} test accuracy, below {REQUIRED_ACCURACY:.0%}")
-    content = safetensors.torch.save({key: value.contiguous() for key, value in trained.state_dict().items()})
-    try:
-        write_atomically(path, content)
-        write_atomically(checksum, hashlib.sha256(content).hexdigest() + "\n")
-    except OSError as error:
-        logger.warning("cannot keep the trained network in %s (%s): it is trained anew next time", path.parent, error)
+    shapes = {key: tuple(value.shape) for key, value in model.state_dict().items()}
+    described = hashlib.sha256(f"{sorted(asdict(recipe).items())}{shapes}".encode()).hexdigest()[:8]
+    path = cache_folder() / f"{name}-seed{recipe.seed}-{described}"
+    content = read_checked(path)
+    if content is None:
+        with torch.inference_mode(False), torch.enable_grad():
+            trained = train_classifier(model, train, recipe, progress=f"training {name}")
+        accuracy = _accuracy(trained, test)
+        if accuracy < REQUIRED_ACCURACY:
+            raise RuntimeError(f"training {name} ended at {accuracy:.2%} test accuracy, below {REQUIRED_ACCURACY:.0%}")
+        content = safetensors.torch.save({key: value.contiguous() for key, value in trained.state_dict().items()})
+        try:
+            write_checked(path, content)
+        except OSError as error:
+            logger.warning("cannot keep the trained network in %s (%s): next time it is trained anew", path.parent, error)
     return safetensors.torch.load(content)
 
 
