@@ -26,12 +26,16 @@ def evaluate(
 ) -> Evaluation:
     """Run `network` over `batches` of (inputs, targets); the task's metric is averaged by examples, its loss by items."""
     objective = Objective(task.model, task.loss, batches)
-    outputs, loss, metric, count = [], 0.0, 0.0, 0
-    for batch, weight in tqdm(objective.weighted_batches(), desc=progress, unit="batch", disable=progress is None):
+    outputs, loss, total, metric, count = [], 0.0, 0.0, 0.0, 0
+    for batch in tqdm(objective.batches(), desc=progress, unit="batch", disable=progress is None):
         inputs, targets = batch
         result = network(inputs)
         outputs.append(result)
-        loss += weight * float(objective.batch_loss(result, batch))
+        weight = objective.weight(batch)
+        loss += weight * float(objective.batch_loss(result, batch)) if weight else 0.0
+        total += weight
         metric += len(inputs) * float(task.metric(result, targets))
         count += len(inputs)
-    return Evaluation(metric / count, loss, torch.cat(outputs))
+    if not total:
+        raise ValueError("no evaluation example counts: the loss ignores every target")
+    return Evaluation(metric / count, loss if objective.is_sum else loss / total, torch.cat(outputs))

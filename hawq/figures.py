@@ -29,20 +29,26 @@ def bits(layers: Sequence[Mapping[str, Any]]) -> str:
 
 
 def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
-    """The average Hessian trace of every layer; bars of one standard error where it was sampled."""
-    figure, axes = _figure(max(9.0, 0.34 * len(layers)), 3.6)
-    values = np.array([row["average_trace"] for row in layers])
-    errors = np.array([row["average_trace_stderr"] for row in layers])
-    positive = values > 0
-    positions = np.arange(len(layers))
-    axes.errorbar(positions[positive], values[positive], yerr=errors[positive], fmt="o", color=_BLUE, ecolor=_ORANGE, capsize=3)
-    if positive.any():
-        axes.set_yscale("log")
+    """Every layer's average Hessian trace, and its sensitivity at the chosen width; bars of one standard error."""
+    figure = Figure(figsize=(max(9.0, 0.34 * len(layers)), 5.2), layout="constrained")
     exact = sum(row["exact"] for row in layers)
     note = "all exact" if exact == len(layers) else f"{exact} of {len(layers)} exact; bars: one standard error"
-    axes.set_ylabel("average Hessian trace")
-    axes.set_title(note, fontsize=9, color=_GREY, loc="right")
-    axes.grid(axis="y", alpha=0.3)
+    quantities = (("average_trace", "average Hessian trace"), ("sensitivity", "sensitivity at the chosen width"))
+    top = None
+    for position, (field, label) in enumerate(quantities):
+        axes = top = figure.add_subplot(2, 1, position + 1, sharex=top)
+        values = np.array([row[field] for row in layers])
+        errors = np.array([row[f"{field}_stderr"] for row in layers])
+        shown = np.flatnonzero(values > 0)
+        axes.errorbar(shown, values[shown], yerr=errors[shown], fmt="o", color=_BLUE, ecolor=_ORANGE, capsize=3)
+        if len(shown):
+            axes.set_yscale("log")
+        axes.set_ylabel(label)
+        axes.grid(axis="y", alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.tick_params(labelbottom=position == 1)
+        if position == 0:
+            axes.set_title(note, fontsize=9, color=_GREY, loc="right")
     _name_layers(axes, layers)
     return _svg(figure)
 
@@ -58,9 +64,12 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
     axes.plot(sizes, measured, "-o", color=_BLUE, label="measured on the evaluation data")
     chosen = report["file_bytes"]["model.safetensors"] / 1e3
     axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
+    background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for point, size, increase in zip(points, sizes, measured, strict=True):
         label = f"{point['average_bits']:.2g} bits, {point['metric']:.1%}"
-        axes.annotate(label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=_GREY)
+        axes.annotate(
+            label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=_GREY, bbox=background
+        )
     axes.set_yscale("symlog", linthresh=1e-3)
     axes.axhline(0, color=_GREY, linewidth=0.6)
     axes.set_xlabel("model.safetensors (kB)")

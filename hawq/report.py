@@ -14,8 +14,8 @@ from hawq import figures
 from hawq.allocation import Allocation
 from hawq.evaluation import Evaluation
 from hawq.graph import Layer, get_tensor
+from hawq.job import Job
 from hawq.model import QuantizedModel
-from hawq.options import Options
 from hawq.packing import packed_size
 from hawq.pareto import Point
 from hawq.sensitivity import SensitivityTable
@@ -26,12 +26,8 @@ VERSION = 1
 
 
 def build_report(
+    job: Job,
     *,
-    task_name: str,
-    options: Options,
-    graph: fx.GraphModule,
-    layers: Mapping[str, Layer],
-    ties: Sequence[tuple[str, ...]],
     traces: LayerReport,
     table: SensitivityTable,
     allocation: Allocation,
@@ -40,18 +36,17 @@ def build_report(
     kernels: Mapping[str, int],
     latency: Mapping[str, Mapping[str, float]],
     points: Sequence[Point],
-    seconds: Mapping[str, float],
-    reused: Sequence[str],
 ) -> dict[str, Any]:
     """The contents of report.json; docs/report.md describes every field."""
+    layers = job.layers
     sizes = {name: packed_size(layer.num_params, allocation.bits[name]) for name, layer in layers.items()}
     quantized, onnx = results["quantized"], results["onnx"]
     predicted = allocation.objective / 2 if table.method == "hessian-trace" else None
     return {
         "format": FORMAT,
         "version": VERSION,
-        "task": task_name,
-        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(options).items()},
+        "task": job.task.name,
+        "options": {name: str(value) if isinstance(value, Path) else value for name, value in asdict(job.options).items()},
         "examples": len(quantized.outputs),
         "float": {"metric": results["float"].metric, "loss": results["float"].loss},
         "quantized": {"metric": quantized.metric, "loss": quantized.loss},
@@ -72,10 +67,12 @@ def build_report(
         "float_weight_bytes": 4 * sum(layer.num_params for layer in layers.values()),
         "file_bytes": dict(files),
         "latency_ms": {name: dict(times) for name, times in latency.items()},
-        "layers": [_layer_row(layer, graph, traces, table, allocation, sizes, ties) for layer in layers.values()],
+        "layers": [
+            _layer_row(layer, job, traces, table, allocation) | {"weight_bytes": sizes[name]} for name, layer in layers.items()
+        ],
         "frontier": [asdict(point) for point in points],
-        "seconds": dict(seconds),
-        "reused_stages": list(reused),
+        "seconds": dict(job.stages.seconds),
+        "reused_stages": list(job.stages.reused),
     }
 
 
@@ -86,22 +83,14 @@ def _agreement(one: torch.Tensor, other: torch.Tensor) -> float | None:
     return float((one.argmax(1) == other.argmax(1)).double().mean())
 
 
-def _layer_row(
-    layer: Layer,
-    graph: fx.GraphModule,
-    traces: LayerReport,
-    table: SensitivityTable,
-    allocation: Allocation,
-    sizes: Mapping[str, int],
-    ties: Sequence[tuple[str, ...]],
-) -> dict[str, Any]:
+def _layer_row(layer: Layer, job: Job, traces: LayerReport, table: SensitivityTable, allocation: Allocation) -> dict[str, Any]:
     row = traces[layer.weight]
     bits = allocation.bits[layer.name]
     return {
         "name": layer.name,
         "weight": layer.weight,
         "operation": str(layer.node.target).split(".")[1],
-        "shape": list(get_tensor(graph, layer.weight).shape),
+        "shape": list(get_tensor(job.graph, layer.weight).shape),
         "num_params": layer.num_params,
         "macs": layer.macs,
         "average_trace": row.trace / layer.num_params,
@@ -111,8 +100,7 @@ def _layer_row(
         "bits": bits,
         "sensitivity": table[layer.name][bits],
         "sensitivity_stderr": table.stderr[layer.name][bits],
-        "weight_bytes": sizes[layer.name],
-        "tied_with": [name for tie in ties if layer.name in tie for name in tie if name != layer.name],
+        "tied_with": [name for tie in job.ties if layer.name in tie for name in tie if name != layer.name],
     }
 
 

@@ -45,6 +45,7 @@ class Objective:
         self.data = [data] if isinstance(data, Mapping) or _is_one_batch(data) else data
         self.forward = forward
         self.items = items
+        self._total_weight: float | None = None
 
     def batches(self) -> Iterator[Any]:
         """The batches, moved to the model's device; ValueError if there are none."""
@@ -109,11 +110,13 @@ class Objective:
         return getattr(self.loss, "reduction", "mean") == "sum"
 
     def total_weight(self) -> float:
-        """The sum of the batch weights; 1 for a loss that sums."""
-        total = 1.0 if self.is_sum else sum(self.weight(batch) for batch in self.batches())
-        if total <= 0:
-            raise ValueError("no item of the data counts: batches are empty, or the loss ignores every target")
-        return total
+        """The sum of the batch weights, from one pass over the data, the first time; 1 for a loss that sums."""
+        if self._total_weight is None:
+            total = 1.0 if self.is_sum else sum(self.weight(batch) for batch in self.batches())
+            if total <= 0:
+                raise ValueError("no item of the data counts: batches are empty, or the loss ignores every target")
+            self._total_weight = total
+        return self._total_weight
 
     def weighted_batches(self) -> Iterator[tuple[Any, float]]:
         """Batches with weights that sum to one (or all 1 for a loss that sums)."""

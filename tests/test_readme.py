@@ -1,0 +1,40 @@
+"""The README's code runs, and its benchmark table is the committed one."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from hawq.quantize import main
+
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
+OWN_TASK, FROM_PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_readers_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    (tmp_path / "my_tasks.py").write_text(OWN_TASK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["my_tasks:task", "--avg-bits", "4", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["average_bits"] <= 4
+    assert (tmp_path / "out" / "my_tasks-task" / "report.html").is_file()
+
+
+def test_the_python_example(resnet20, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, object] = {"__name__": "example"}
+    exec(FROM_PYTHON, names)
+    assert (tmp_path / "out" / "small" / "model.onnx").is_file()
+    images = resnet20.evaluation.tensors[0]
+    small, same = names["small"], names["same"]
+    assert callable(small)
+    assert callable(same)
+    assert bool((small(images) == same(images)).all())
+
+
+def test_the_table_is_the_benchmarks():
+    table = (ROOT / "benchmarks" / "results" / "three_bits.md").read_text().split("\n\n")[0]
+    assert table in README
