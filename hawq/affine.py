@@ -6,6 +6,7 @@ with rounding to nearest, ties to even.
 """
 
 import torch
+from torch import library
 
 
 def check_width(bits: int) -> None:
@@ -37,7 +38,7 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
 # The two operations of a quantized network as single nodes, so that an exported graph shows them as such.
 
 
-@torch.library.custom_op("hawq::dequantize_channels", mutates_args=())
+@library.custom_op("hawq::dequantize_channels", mutates_args=())
 def dequantize_channels(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Integer codes (channels, ...) times their channel's scale (channels,)."""
     return dequantize(codes, per_channel(scale, codes))
@@ -48,7 +49,7 @@ def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     return codes.new_empty(codes.shape, dtype=scale.dtype)
 
 
-@torch.library.custom_op("hawq::round_activation", mutates_args=())
+@library.custom_op("hawq::round_activation", mutates_args=())
 def round_activation(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
     """`x` rounded to the 256 values of an unsigned byte with that scale and zero point (both scalars)."""
     return dequantize(quantize(x, scale, zero_point, 0, 255), scale, zero_point)

@@ -114,12 +114,12 @@ def run(options: Options, stdout: TextIO) -> int:
         return _fail(options, error, 1, note)
     except Exception as error:  # whatever a user's network, data or disk can raise: one line, and the folder cleaned up
         return _fail(options, error, 1)
-    if options.json:
-        json.dump(report, stdout, indent=1)
-        stdout.write("\n")
-    else:
-        stdout.write(summary(report, options.out) + "\n")
-    stdout.flush()
+    text = json.dumps(report, indent=1) if options.json else summary(report, options.out)
+    try:
+        stdout.write(text + "\n")
+        stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has had enough; the results are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
     return 0
 
 

@@ -137,7 +137,7 @@ def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         threads, batch = setting.split("_")
         after = report["latency_ms"]["quantized"][setting]
         label = f"latency, {threads} thread{'s' * (threads != '1')}, batch {batch}"
-        rows.append((label, f"{before:.3f} ms", f"{after:.3f} ms", f"{before / after:.2f} x faster"))
+        rows.append((label, f"{before:.3f} ms", f"{after:.3f} ms", _ratio(before, after, "faster", "slower")))
     return rows
 
 
@@ -145,8 +145,12 @@ def _points(difference: float) -> str:
     return f"{100 * difference:+.2f} points"
 
 
+def _ratio(before: float, after: float, better: str, worse: str) -> str:
+    return f"{before / after:.2f} x {better}" if before >= after else f"{after / before:.2f} x {worse}"
+
+
 def _bytes_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return name, f"{before:,} B", f"{after:,} B", f"{before / after:.2f} x smaller"
+    return name, f"{before:,} B", f"{after:,} B", _ratio(before, after, "smaller", "larger")
 
 
 def _fidelity(report: Mapping[str, Any]) -> str:
