@@ -27,7 +27,7 @@ def evaluate(
     """Run `network` over `batches` of (inputs, targets); the task's metric is averaged by examples, its loss by items."""
     objective = Objective(task.model, task.loss, batches)
     outputs, loss, total, metric, count = [], 0.0, 0.0, 0.0, 0
-    for batch in tqdm(objective.batches(), desc=progress, unit="batch", disable=progress is None):
+    for batch in tqdm(objective.batches(), desc=progress, total=len(batches), unit="batch", disable=progress is None):
         inputs, targets = batch
         result = network(inputs)
         outputs.append(result)

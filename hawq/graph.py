@@ -149,9 +149,13 @@ def set_parameter(graph: fx.GraphModule, target: str, value: torch.Tensor) -> No
     setattr(owner, name, nn.Parameter(value, requires_grad=True))
 
 
-def example_inputs(batches: Any) -> Any:
-    """The inputs of the first batch."""
+def example_inputs(batches: Any) -> torch.Tensor:
+    """The inputs of the first batch; TypeError unless they are one tensor."""
     for batch in batches:
+        if not isinstance(batch[0], torch.Tensor):
+            raise TypeError(
+                f"the network's input is a {type(batch[0]).__name__}: only one tensor, examples first, can be traced"
+            )
         return batch[0]
     raise ValueError("the data is empty: there is no batch to trace the model with")
 
