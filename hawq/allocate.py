@@ -186,6 +186,8 @@ class _Program:
         upper[-1] = np.inf
         constraints = [self.one_width_each(spare_columns=1), within]
         excess = float(_milp(objective, constraints, upper, continuous=1).fun)
+        if excess < 1e-6:
+            return "the budgets can be kept, but only so closely that the solver's precision fails: loosen one by a millionth"
         names = " and ".join(f"{budget.name!r} ({budget.limit:,.10g})" for budget in self.budgets)
         return f"budgets {names} can each be kept, but not together: the nearest widths exceed one of them by {excess:.2%}"
 

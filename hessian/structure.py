@@ -75,7 +75,7 @@ def certify(outputs: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> di
 
     A node's dependence on the parameters is a bit mask, propagated from the leaves to the outputs; a node that is not
     linear in the inputs that depend on a parameter breaks that parameter's certificate. A node written in Python
-    (custom functions, reentrant checkpointing) can do anything, and hide parameters too.
+    (custom functions, reentrant checkpointing) can use any parameter unseen and breaks them all.
     """
     names = list(parameters)
     bit = {id(parameter): 1 << index for index, parameter in enumerate(parameters.values())}
@@ -105,9 +105,10 @@ def certify(outputs: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> di
     reached = depends.get(outputs.grad_fn, 0) if outputs.grad_fn is not None else 0
     certificates = {}
     for index, name in enumerate(names):
-        if not reached >> index & 1:
-            hidden = f"{opaque}, a function written in Python, may use it unseen" if opaque else ""
-            certificates[name] = Certificate(None, absent=not opaque, reason=hidden)
+        if opaque:
+            certificates[name] = Certificate(None, reason=f"{opaque}, a function written in Python, may use it unseen")
+        elif not reached >> index & 1:
+            certificates[name] = Certificate(None, absent=True)
         elif name in curved:
             certificates[name] = Certificate(None, reason=curved[name])
         elif len(uses[name]) != 1:

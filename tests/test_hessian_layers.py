@@ -1,5 +1,7 @@
 """Layer traces: exact ones against dense float64 blocks, sampled ones within their own standard error."""
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -254,6 +256,60 @@ def test_a_loss_that_reaches_parameters_by_itself_is_noticed():
     assert report["last.weight"].reason == "the loss depends on it directly"
     expected = truth(model, decayed, data, report)
     assert abs(report["last.weight"].trace - expected["last.weight"]) <= 4 * report["last.weight"].trace_stderr
+
+
+class Decayed(nn.Module):
+    """A loss module that holds the model."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+        self.held = [threading.Lock()]
+
+    def forward(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return F.cross_entropy(outputs, targets) + sum(p.square().sum() for p in self.model.parameters())
+
+
+def test_a_loss_module_that_holds_the_model_is_noticed():
+    model, data = ConvNet().double().eval(), classification(4, 1, 8, 8)
+    with pytest.raises(ValueError, match="the loss depends on it directly"):
+        hessian.layer_report(model, Decayed(model), data, method="exact")
+
+
+class OwnRandomness(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = nn.Linear(4, 3)
+        self.generator = torch.Generator()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.one(x * (torch.rand(x.shape, generator=self.generator) > 0.5))
+
+
+def test_randomness_of_a_networks_own_is_noticed():
+    with pytest.raises(ValueError, match="draws random numbers"):
+        hessian.layer_report(OwnRandomness().double(), nn.CrossEntropyLoss(), classification(6, 4), method="exact")
+
+
+class Sparse(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(4, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to_sparse() @ self.weight
+
+
+def test_sparse_products_are_refused():
+    with pytest.raises(ValueError, match="per-example gradients are not read off"):
+        hessian.layer_report(Sparse().double(), nn.CrossEntropyLoss(), classification(6, 4), method="exact")
+
+
+def test_empty_batches_of_a_sum_add_nothing():
+    model, (inputs, targets), loss = seeded(ConvNet), classification(4, 1, 8, 8), nn.CrossEntropyLoss(reduction="sum")
+    whole = hessian.layer_report(model, loss, (inputs, targets), "fc.*")
+    batches = [(inputs, targets), (inputs[:0], targets[:0])]
+    assert dict(hessian.layer_report(model, loss, batches, "fc.*")) == dict(whole)
 
 
 def test_random_forwards_are_noticed_and_repeated_alike():

@@ -39,10 +39,14 @@ def batch_traces(
         raise NotExactError("the model's output is not one tensor, examples first")
     if not outputs.requires_grad:
         raise NotExactError("autograd has not followed the forward pass: it runs under no_grad")
+    if not len(outputs):
+        return dict.fromkeys(parameters, 0.0), {}
     if outputs[0].numel() > MAX_OUTPUTS:
         raise NotExactError(f"there are {outputs[0].numel()} outputs an example, more than {MAX_OUTPUTS}")
     leaf, loss = _loss_in_double(objective, outputs, batch)
-    if not torch.equal(torch.get_rng_state(), state):
+    with torch.no_grad():
+        again = objective.outputs(batch)
+    if not torch.equal(torch.get_rng_state(), state) or not torch.allclose(again, outputs, rtol=1e-3, equal_nan=True):
         raise NotExactError("the forward pass or the loss draws random numbers")
     traces: dict[str, float] = {}
     uses: dict[str, WeightUse] = {}
@@ -120,7 +124,7 @@ def _cotangents(leaf: torch.Tensor, loss: torch.Tensor, outputs: torch.Tensor) -
     precision = 1e-9 if leaf.dtype == torch.float64 else 1e-3
     expected = torch.einsum("nij,nj->ni", blocks, probe)
     if not torch.allclose(product(probe), expected, rtol=precision, atol=precision * float(expected.abs().max())):
-        raise NotExactError("the loss of one example depends on other examples' outputs")
+        raise NotExactError("the loss of one example depends on other examples' outputs, or is computed too coarsely to tell")
     values, vectors = torch.linalg.eigh(blocks)
     kept = values.abs().amax(0) > 1e-12 * values.abs().max()
     scaled = (vectors * values.abs().sqrt().unsqueeze(1))[:, :, kept]  # (N, width, C)
@@ -132,7 +136,9 @@ def _loss_in_double(objective: Objective, outputs: torch.Tensor, batch: object) 
 
     Near a minimum the second derivatives are differences of nearly equal numbers (p - p^2 with p close to 1).
     """
-    loss = copy.deepcopy(objective.loss).double() if isinstance(objective.loss, nn.Module) else objective.loss
+    loss = objective.loss
+    if type(loss).__module__ == "torch.nn.modules.loss":  # its own tensors, class weights, follow; others may hold the model
+        loss = copy.deepcopy(objective.loss).double()  # type: ignore[attr-defined]
     in_double = Objective(objective.model, loss, objective.data, forward=objective.forward, items=objective.items)
     leaf = outputs.detach().double().requires_grad_(True)
     try:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import Node
 
-from hessian.structure import WeightUse
+from hessian.structure import WeightUse, operation
 
 _PATCH_BYTES = 64 * 2**20  # patches unfolded at a time
 
@@ -23,6 +23,10 @@ _PATCH_BYTES = 64 * 2**20  # patches unfolded at a time
 def is_supported(use: WeightUse, parameter: nn.Parameter) -> bool:
     """Whether this file can read per-example gradients off this use of a parameter."""
     node = use.node
+    if use.operation in ("Addmm", "Mm"):
+        inputs = _matrix_input(node)
+        if inputs is None or inputs.layout is not torch.strided:
+            return False
     match use.operation:
         case "Convolution" | "NativeBatchNorm":
             return use.slot in (1, 2)
@@ -50,10 +54,19 @@ def squared_gradient_norms(
         return torch.stack([_bias_norms(kind, gradient, num_examples) for gradient in gradients])
     if kind == "Convolution":
         return _convolution_norms(node, parameter, gradients, num_examples)
-    inputs = node._saved_mat1 if kind == "Addmm" else node._saved_self  # type: ignore[attr-defined]
+    inputs = _matrix_input(node)
+    assert inputs is not None
     patches = inputs.unflatten(0, (num_examples, -1)).transpose(1, 2).unsqueeze(1)  # (N, 1, K, P)
     outputs = torch.stack([gradient.unflatten(0, (num_examples, -1)).transpose(1, 2) for gradient in gradients], 1)
     return _product_norms(patches, outputs.unsqueeze(1))
+
+
+def _matrix_input(node: Node) -> torch.Tensor | None:
+    """What a matrix product multiplies its weight by; None where it is not kept, because the weight needs no gradient."""
+    saved: torch.Tensor | None = (
+        node._saved_mat1 if operation(node) == "Addmm" else node._saved_self  # type: ignore[attr-defined]
+    )
+    return saved
 
 
 def _bias_norms(kind: str, gradient: torch.Tensor, num_examples: int) -> torch.Tensor:
