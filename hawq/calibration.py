@@ -59,7 +59,8 @@ def calibrate(
         interpreter.args_iter = iter(graph.graph.process_inputs(batch))
         interpreter.env = {}
     seen: set[str] = set()
-    for node in tqdm(graph.graph.nodes, desc="calibration", unit="node", disable=not progress):
+    nodes = [node for node in graph.graph.nodes if node.op != "output"]
+    for node in tqdm(nodes, desc="calibration", unit="node", disable=not progress):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationQuantizer) and node.target not in seen:
             seen.add(str(node.target))
@@ -68,8 +69,6 @@ def calibrate(
             module.set_range(*activation_range(values, range_method))
         if isinstance(module, QuantizedLayer):
             module.set_bias(module.real_bias(), _input_scale(graph, node))
-        if node.op == "output":
-            break
         for interpreter in interpreters:
             interpreter.env[node] = interpreter.run_node(node)
         if isinstance(module, QuantizedLayer) and float_means is not None:

@@ -160,6 +160,13 @@ def example_inputs(batches: Any) -> torch.Tensor:
     raise ValueError("the data is empty: there is no batch to trace the model with")
 
 
+def float_weights(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> dict[str, int]:
+    """Weights (tensors of two or more dimensions) that no layer quantizes, and their sizes."""
+    quantized = {layer.weight for layer in layers.values()}
+    named = graph.named_parameters()
+    return {name: tensor.numel() for name, tensor in named if tensor.dim() > 1 and name not in quantized}
+
+
 def unreached_weights(model: nn.Module, graph: fx.GraphModule) -> list[str]:
     """Weights (tensors of two or more dimensions) of `model` that no operation of its graph uses."""
     used = {name for name, _ in graph.named_parameters()}

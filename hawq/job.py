@@ -113,6 +113,10 @@ class Job:
         if options.max_bops is not None:
             at_8_bits = sum(cost[8] for cost in bit_operations(self.layers, (8,), 8).values())
             costs = bit_operations(self.layers, bits, options.activations)
+            least = sum(min(row.values()) for row in costs.values()) / at_8_bits
+            if options.max_bops < least:
+                note = "; float activations count as 32 bits" if options.activations is None else ""
+                raise UsageError(f"--max-bops {options.max_bops:g}: the widths offered need at least {least:.4g}{note}")
             budgets.append(Budget("bit operations", costs, options.max_bops * at_8_bits))
         try:
             allocate({name: dict.fromkeys(bits, 0.0) for name in self.layers}, budgets, self.ties)
@@ -225,7 +229,10 @@ class Job:
 
 def _prepare_folder(options: Options, model: torch.nn.Module) -> Stages:
     """The stages' folder, made now so that a disk that is full or cannot be written to is noticed before the work."""
-    options.out.mkdir(parents=True, exist_ok=True)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"--out {options.out} cannot be made: {error.strerror}") from error
     shutil.rmtree(options.out / ".partial", ignore_errors=True)
     stages = Stages(options.out / ".resume", resume=options.resume)
     needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) + 2**21

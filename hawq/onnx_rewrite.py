@@ -61,6 +61,9 @@ class GraphRewriter:
             copies = [type(item).FromString(item.SerializeToString()) for item in items]
             del field[:]
             field.extend(copies)
+        for value in (*self.graph.input, *self.graph.output):
+            if value.type.tensor_type.shape.dim and value.type.tensor_type.shape.dim[0].dim_param:
+                value.type.tensor_type.shape.dim[0].dim_param = "batch"
         del self.graph.value_info[:]
         self.graph.metadata_props.clear()
 

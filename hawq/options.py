@@ -46,12 +46,9 @@ class Options:
         if self.avg_bits is not None and not math.isfinite(self.avg_bits):
             raise UsageError(f"--avg-bits {self.avg_bits}: give a number of bits a weight")
         if self.avg_bits is not None and self.avg_bits < narrowest:
+            remedy = f"add {math.floor(self.avg_bits)} to --bits" if self.avg_bits >= 2 else "raise --avg-bits"
             raise UsageError(
-                f"average of {self.avg_bits:g} bits asked for, but the narrowest width offered is {narrowest}: "
-                f"add {max(2, math.floor(self.avg_bits))} to --bits"
-                if self.avg_bits >= 2
-                else f"average of {self.avg_bits:g} bits asked for, but the narrowest width offered is {narrowest} and the "
-                "narrowest possible is 2: raise --avg-bits"
+                f"average of {self.avg_bits:g} bits asked for, but the narrowest width offered is {narrowest}: {remedy}"
             )
         if self.max_size is not None and self.max_size <= 0:
             raise UsageError(f"--max-size {self.max_size}: give a positive number of bytes")
@@ -96,7 +93,7 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
     )
     add = result.add_argument
     add("task", metavar="TASK", help="a built-in task (digits-resnet20, digits-mobilenet) or package.module:function")
-    add("--out", type=Path, metavar="DIR", help="folder for the results (default: out/TASK)")
+    add("--out", type=Path, metavar="DIR", help="folder for the results (default: out/TASK, a colon becoming a dash)")
     add("--weights", type=Path, metavar="FILE", help="weights for the task's model: safetensors, or a torch state dict")
     budgets = result.add_argument_group("budgets (any of them together; default: --avg-bits 4)")
     budgets.add_argument("--avg-bits", type=float, metavar="X", help="bits a weight, on average over all quantized weights")
@@ -107,7 +104,14 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
         metavar="RATIO",
         help="bit operations, as a fraction of those at 8-bit weights and activations",
     )
-    add("--bits", type=_width, nargs="+", default=(2, 3, 4, 5, 6, 8), metavar="B", help="widths offered to every layer, 2 to 8")
+    add(
+        "--bits",
+        type=_width,
+        nargs="+",
+        default=(2, 3, 4, 5, 6, 8),
+        metavar="B",
+        help="widths offered to every layer, 2 to 8 (default: 2 3 4 5 6 8)",
+    )
     add(
         "--activations",
         type=_activation_width,
@@ -129,12 +133,22 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
         default="mse",
         help="how activation ranges are chosen (default: %(default)s)",
     )
-    add("--calibration-size", type=int, default=512, metavar="N", help="training examples for curvature and calibration")
+    add(
+        "--calibration-size",
+        type=int,
+        default=512,
+        metavar="N",
+        help="training examples for curvature and calibration (default: %(default)s)",
+    )
     add("--batch-size", type=int, default=128, metavar="N", help="examples at a time (default: %(default)s)")
     add("--seed", type=int, default=0, metavar="S", help="seed of all sampling (default: %(default)s)")
     add("--drop-unreached", action="store_true", help="accept that weights which the data never reach are left out")
     add("--force", action="store_true", help="overwrite results in the output folder")
-    add("--resume", action="store_true", help="reuse the finished stages of an earlier run whose inputs have not changed")
+    add(
+        "--resume",
+        action="store_true",
+        help="reuse the finished stages of an earlier run whose inputs have not changed (with --force: of one that ended, too)",
+    )
     add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
     add("--debug", action="store_true", help="show the traceback of an error")
     return result

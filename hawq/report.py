@@ -13,7 +13,7 @@ from torch import fx
 from hawq import figures
 from hawq.allocation import Allocation
 from hawq.evaluation import Evaluation
-from hawq.graph import Layer, get_tensor
+from hawq.graph import Layer, float_weights, get_tensor
 from hawq.job import Job
 from hawq.model import QuantizedModel
 from hawq.packing import packed_size
@@ -67,6 +67,7 @@ def build_report(
         "float_weight_bytes": 4 * sum(layer.num_params for layer in layers.values()),
         "file_bytes": dict(files),
         "latency_ms": {name: dict(times) for name, times in latency.items()},
+        "float_weights": float_weights(job.graph, layers),
         "layers": [
             _layer_row(layer, job, traces, table, allocation) | {"weight_bytes": sizes[name]} for name, layer in layers.items()
         ],
@@ -118,7 +119,13 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
     environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
     environment.filters["percent"] = lambda value: f"{value:.2%}"
     template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
-    return template.render(report=report, pictures=pictures, rows=comparison(report), fidelity=_fidelity(report))
+    return template.render(
+        report=report,
+        pictures=pictures,
+        rows=comparison(report),
+        fidelity=_fidelity(report),
+        left_in_float=_left_in_float(report),
+    )
 
 
 def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
@@ -164,6 +171,16 @@ def _fidelity(report: Mapping[str, Any]) -> str:
     )
 
 
+def _left_in_float(report: Mapping[str, Any]) -> list[str]:
+    """What was not quantized, as a line of text, if anything."""
+    left: Mapping[str, int] = report["float_weights"]
+    if not left:
+        return []
+    total = sum(left.values()) + sum(row["num_params"] for row in report["layers"])
+    names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+    return [f"left in float: {names} ({sum(left.values()) / total:.1%} of all weights)"]
+
+
 def summary(report: Mapping[str, Any], folder: Path) -> str:
     """The comparison as a table of text, and where the report is."""
     rows = [("", "float", "quantized", ""), *comparison(report)]
@@ -178,6 +195,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         "",
         f"bits by layer: {bits} ({proof})",
         _fidelity(report),
+        *_left_in_float(report),
         f"report: {folder / 'report.html'}",
     ]
     return "\n".join(lines)

@@ -65,12 +65,13 @@ def to_bytes(model: QuantizedModel) -> bytes:
 
 
 def load(folder: str | os.PathLike[str], model: nn.Module) -> QuantizedModel:
-    """The quantized model that `save` wrote; `model` is the float network's architecture, its weights do not matter.
+    """The quantized model that `save` wrote into `folder` (or its file); `model` is the float network's architecture, its
+    weights do not matter.
 
     Raises ValueError for a file that is missing, truncated, tampered with or of another version, and for one that does
     not belong to `model`.
     """
-    path = Path(folder) / FILE_NAME
+    path = Path(folder) if Path(folder).is_file() else Path(folder) / FILE_NAME
     if not path.is_file():
         raise ValueError(f"{path} does not exist")
     return from_bytes(path.read_bytes(), model, str(path))

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
@@ -128,11 +129,14 @@ class Objective:
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:
-        """Differentiate inside whatever the caller's mode; buffers and the global random state come back as they were."""
+        """Differentiate twice inside, whatever the caller's mode; buffers and the global random state come back as they were.
+
+        Attention runs by its formula there: the fused kernels have no second derivative.
+        """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
         state = torch.get_rng_state()
         try:
-            with torch.inference_mode(False), torch.enable_grad():
+            with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
                 yield
         finally:
             torch.set_rng_state(state)

@@ -66,6 +66,10 @@ def load_task(text: str, weights: str | os.PathLike[str] | None = None) -> Task:
 
 def _call(text: str) -> Task:
     module_name, _, attribute = text.partition(":")
+    if module_name.endswith(".py"):
+        raise UnknownTaskError(
+            f"task {text!r}: name the module, not its file: {module_name[:-3].replace('/', '.')}:{attribute}"
+        )
     if not all(part.isidentifier() for part in module_name.split(".")):
         raise UnknownTaskError(f"task {text!r}: {module_name!r} is no name of a module, such as package.module")
     if "" not in sys.path and os.getcwd() not in sys.path:
@@ -141,6 +145,8 @@ def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
 
 def _check_fit(model: nn.Module, state: Mapping[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     wanted = model.state_dict()
+    if any(name.endswith(":codes") for name in state):
+        raise ValueError(f"{path} is a quantized model, for hawq.load(folder, model): name the float network's weights")
     problems = [f"{name} is missing" for name in wanted if name not in state]
     problems += [
         f"{name} has shape {tuple(state[name].shape)}, the model's is {tuple(tensor.shape)}"

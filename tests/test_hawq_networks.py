@@ -9,7 +9,7 @@ from torch import nn
 import hawq
 from hawq import onnx_export, runtime, storage
 from hawq.fold import folded
-from hawq.graph import find_layers, tied_layers, trace, unreached_weights
+from hawq.graph import find_layers, float_weights, tied_layers, trace, unreached_weights
 from tests.networks import ZOO, FoldedTime, Shared, build
 from tests.oracles import assert_unchanged, snapshot
 
@@ -121,7 +121,10 @@ def test_layers_that_read_the_same_tensor_are_tied(resnet20):
 
 def test_a_module_called_twice_stays_in_float():
     model, inputs = build("a module called twice")
-    assert list(find_layers(folded(model, inputs[:2]))) == ["stem", "fc"]
+    graph = folded(model, inputs[:2])
+    layers = find_layers(graph)
+    assert list(layers) == ["stem", "fc"]
+    assert float_weights(graph, layers) == {"twice.weight": 6 * 6 * 9}
 
 
 def test_bias_correction_restores_the_means():

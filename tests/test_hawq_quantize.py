@@ -147,11 +147,10 @@ def test_the_demo_keeps_its_promises(demo, resnet20):
 def test_the_onnx_file_is_standard(demo):
     model = onnx.load(demo / "model.onnx")
     onnx.checker.check_model(model, full_check=True)
+    assert model.graph.input[0].type.tensor_type.shape.dim[0].dim_param == "batch"
     assert [(item.domain, item.version) for item in model.opset_import] == [("", 21)]
     assert {node.domain for node in model.graph.node} == {""}
     assert not model.functions
-    batch = model.graph.input[0].type.tensor_type.shape.dim[0]
-    assert batch.dim_param
     assert Counter(node.op_type for node in model.graph.node)["BitwiseAnd"] == 20  # conv1 and fc have 8 bits
 
 
@@ -254,6 +253,7 @@ def test_weights_only_and_other_outputs(folder):
     assert report["onnx"]["largest_output_difference"] < 1e-4
     assert report["predicted_increase"] is None
     assert report["activation_bits"] is None
+    assert report["float_weights"] == {}
     assert [row["exact"] for row in report["layers"]] == [False, True]
     assert [row["reason"] for row in report["layers"]] == ["Gelu is not linear in it", ""]
     assert (folder / "o" / "report.html").is_file()
@@ -267,7 +267,10 @@ def test_weights_only_and_other_outputs(folder):
         (("user_networks:task", "--avg-bits", "1.5", "--bits", "2", "4"), 2, "narrowest width offered is 2"),
         (("user_networks:task", "--avg-bits", "3", "--bits", "4", "8"), 2, "add 3 to --bits"),
         (("user_networks:task", "--max-size", "500"), 2, "--max-size 500: the smallest file has up to"),
-        (("user_networks:task", "--max-bops", "0.01"), 2, "'bit operations' allows"),
+        (("user_networks:task", "--max-bops", "0.01"), 2, "--max-bops 0.01: the widths offered need at least 0.25"),
+        (("user_networks:task", "--max-bops", "0.5", "--activations", "none"), 2, "float activations count as 32 bits"),
+        (("user_networks.py:task",), 2, "name the module, not its file: user_networks:task"),
+        (("user_networks:task", "--out", "/proc/nowhere"), 2, "cannot be made"),
         (("user_networks:task", "--max-bops", "inf"), 2, "positive fraction"),
         (("user_networks:task", "--bits", "1"), 2, "widths are whole numbers from 2 to 8"),
         (("user_networks:task", "--activations", "4"), 2, "activations take 8 bits"),

@@ -49,6 +49,24 @@ def test_block_and_algebra(smooth):
         operator + block
 
 
+def test_fused_attention_has_a_hessian_too():
+    """torch's fused attention kernels have no second derivative; its formula does."""
+    model = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True).double().eval()
+    inputs, targets = classification(3, 5, 4)
+    data = (inputs, targets.double())
+
+    def loss(outputs, wanted):
+        return (outputs.mean((1, 2)) - wanted).square().mean()
+
+    operator = hessian.Hessian(model, loss, data, params="linear2.*")
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        dense = dense_hessian(model, lambda m: loss(m(data[0]), data[1]), list(operator.parameters))
+        attention = dense_hessian(model, lambda m: loss(m(data[0]), data[1]), ["self_attn.in_proj_bias"])
+    torch.testing.assert_close(operator.to_dense(), dense, rtol=1e-10, atol=1e-12)
+    found = hessian.Hessian(model, loss, data, params="self_attn.in_proj_bias").to_dense()
+    torch.testing.assert_close(found, attention, rtol=1e-9, atol=1e-12)
+
+
 def test_a_linear_loss_has_no_curvature():
     model = nn.Linear(3, 1, bias=False).double()
     data = classification(5, 3)
