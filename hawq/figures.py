@@ -33,7 +33,7 @@ def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
     figure = Figure(figsize=(max(9.0, 0.34 * len(layers)), 5.2), layout="constrained")
     exact = sum(row["exact"] for row in layers)
     note = "all exact" if exact == len(layers) else f"{exact} of {len(layers)} exact; bars: one standard error"
-    quantities = (("average_trace", "average Hessian trace"), ("sensitivity", "sensitivity at the chosen width"))
+    quantities = (("average_trace", "average Hessian trace"), ("sensitivity", "sensitivity"))
     top = None
     for position, (field, label) in enumerate(quantities):
         axes = top = figure.add_subplot(2, 1, position + 1, sharex=top)
