@@ -1,7 +1,7 @@
 """Slow, obvious answers that fast code is checked against."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from torch import nn
@@ -29,6 +29,14 @@ def block_traces(matrix: torch.Tensor, sizes: Mapping[str, int]) -> dict[str, fl
     """The traces of the diagonal blocks of those sizes."""
     pieces = matrix.diagonal().split(list(sizes.values()))
     return {name: float(piece.sum()) for name, piece in zip(sizes, pieces, strict=True)}
+
+
+def true_traces(
+    model: nn.Module, loss: Callable[..., torch.Tensor], data: Sequence[torch.Tensor], names: Iterable[str]
+) -> dict[str, float]:
+    """The traces of the named parameters' diagonal blocks, from the dense matrix."""
+    sizes = {name: parameter.numel() for name, parameter in model.named_parameters() if name in set(names)}
+    return block_traces(dense_hessian(model, lambda m: loss(m(data[0]), data[1]), list(sizes)), sizes)
 
 
 def best_allocation(
