@@ -72,7 +72,7 @@ def quantize_model(
     each bias what rounding took from the channel's mean output on the calibration data. Layers that the allocation
     does not name stay in float. `generator` is for roundings that sample; `nearest` does not.
 
-    Raises ValueError for a layer that the model does not have, a width outside 2 to 8 (1 has no symmetric code), and
+    Raises ValueError for a layer that the model does not have, a width outside 2 to 8, weights that are not finite, and
     activations that are not finite.
     """
     del generator

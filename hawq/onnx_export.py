@@ -4,6 +4,7 @@ Weights narrower than 8 bits are stored as bit planes (see `hawq.packing`) and u
 runtime folds into int8 when it loads the file. No custom operator is used.
 """
 
+import copy
 import logging
 import os
 import warnings
@@ -68,7 +69,7 @@ def _export(model: nn.Module, example_input: torch.Tensor) -> Any:
     try:
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            program = torch.export.export(model.eval(), (example_input,), dynamic_shapes=({0: batch},))
+            program = torch.export.export(copy.deepcopy(model).eval(), (example_input,), dynamic_shapes=({0: batch},))
             exported = torch.onnx.export(
                 program,
                 dynamo=True,

@@ -217,3 +217,11 @@ def test_weights_that_no_operation_uses_are_found():
     model = Shared()
     model.spare = nn.Linear(3, 3)
     assert unreached_weights(model, folded(model, torch.zeros(2, 3, 8, 8))) == ["spare.weight"]
+
+
+def test_exporting_leaves_the_mode_alone():
+    model, inputs = build("in place")
+    model.train()
+    before = snapshot(model)
+    onnx_export.to_bytes(model, inputs[:2])
+    assert_unchanged(model, before)

@@ -80,14 +80,8 @@ def test_examples_that_depend_on_each_other_are_noticed(how):
         hessian.layer_report(model, nn.CrossEntropyLoss(), classification(6, 4), "one.weight", method="exact")
 
 
-class Mixing(nn.Module):
+class Mixing(Shared):
     """Examples that see each other in one direction only, or in a layout with examples second."""
-
-    def __init__(self, how: str) -> None:
-        super().__init__()
-        self.how = how
-        self.one = nn.Linear(4, 4)
-        self.two = nn.Linear(4, 3)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if self.how == "sequence first":

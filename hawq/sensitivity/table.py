@@ -3,19 +3,13 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import torch
-from torch import nn
 from tqdm.auto import tqdm
 
-from hawq.affine import check_width, dequantize, per_channel
-from hawq.fold import folded
-from hawq.graph import Layer, example_inputs, find_layers, get_tensor, require_layers
+from hawq.affine import dequantize, per_channel
+from hawq.graph import Layer, get_tensor
 from hawq.rounding import round_to_nearest
-from hessian.estimators.layers import layer_report
-from hessian.objective import Data, LossFunction, Objective
 
 Errors = Mapping[str, Mapping[int, float]]
-
-METHODS = ("hessian-trace", "weight-error")
 
 
 class SensitivityTable(Mapping[str, Mapping[int, float]]):
@@ -52,36 +46,3 @@ def rounding_errors(
             difference = dequantize(codes, per_channel(scale, weight)) - weight
             errors[name][width] = float(difference.double().square().sum())
     return errors
-
-
-def sensitivity(
-    model: nn.Module,
-    loss: LossFunction,
-    data: Data,
-    *,
-    bits: Sequence[int] = (2, 3, 4, 8),
-    method: str = "hessian-trace",
-    generator: torch.Generator | None = None,
-    progress: bool = False,
-) -> SensitivityTable:
-    """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
-
-    method: "hessian-trace" (HAWQ-V2, see `hawq.sensitivity.hessian`) or "weight-error". Batch norm is folded first.
-    Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
-    """
-    from hawq.sensitivity.hessian import hessian_trace
-    from hawq.sensitivity.weight_error import weight_error
-
-    if method not in METHODS:
-        raise ValueError(f"sensitivity method {method!r} is none of {', '.join(map(repr, METHODS))}")
-    for width in bits:
-        check_width(width)
-    graph = folded(model, example_inputs(Objective(model, loss, data).batches()))
-    layers = find_layers(graph)
-    require_layers(layers)
-    errors = rounding_errors(graph, layers, bits)
-    if method == "weight-error":
-        return weight_error(errors)
-    weights = [layer.weight for layer in layers.values()]
-    report = layer_report(graph, loss, data, weights, generator=generator, progress=progress)
-    return hessian_trace(layers, errors, report)
