@@ -66,7 +66,7 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
     axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
     background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for point, size, increase in zip(points, sizes, measured, strict=True):
-        label = f"{point['average_bits']:.2g} bits, {point['metric']:.1%}"
+        label = f"{point['average_bits']:.2g} bits, {point['label']}"
         axes.annotate(
             label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=_GREY, bbox=background
         )

@@ -111,13 +111,13 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
     pictures = {
         "bits": figures.bits(report["layers"]),
         "sensitivity": figures.sensitivity(report["layers"]),
-        "frontier": figures.frontier(report["frontier"], report),
+        "frontier": figures.frontier([point | {"label": metric_text(point["metric"])} for point in report["frontier"]], report),
         "weights": figures.weights(weights, model),
     }
     environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     environment.filters["count"] = lambda value: f"{value:,}"
     environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
-    environment.filters["percent"] = lambda value: f"{value:.2%}"
+    environment.globals["metric_change"] = metric_change
     template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
     return template.render(
         report=report,
@@ -132,8 +132,8 @@ def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     """Rows (what, float, quantized, ratio or difference) that a person compares."""
     plain, small, onnx, bytes_ = report["float"], report["quantized"], report["onnx"], report["file_bytes"]
     rows = [
-        ("metric (torch)", f"{plain['metric']:.2%}", f"{small['metric']:.2%}", _points(small["metric"] - plain["metric"])),
-        ("metric (onnxruntime)", "", f"{onnx['metric']:.2%}", _points(onnx["metric"] - plain["metric"])),
+        ("metric (torch)", metric_text(plain["metric"]), metric_text(small["metric"]), metric_change(plain, small)),
+        ("metric (onnxruntime)", "", metric_text(onnx["metric"]), metric_change(plain, onnx)),
         ("loss", f"{plain['loss']:.4f}", f"{small['loss']:.4f}", f"{small['loss'] - plain['loss']:+.4f}"),
         ("average bits of a weight", "32", f"{report['average_bits']:.2f}", ""),
         _bytes_row("weights", report["float_weight_bytes"], report["weight_bytes"]),
@@ -148,8 +148,16 @@ def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
     return rows
 
 
-def _points(difference: float) -> str:
-    return f"{100 * difference:+.2f} points"
+def metric_text(value: float) -> str:
+    """A share in per cent; a metric that is no share as it is."""
+    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
+
+
+def metric_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
+    """The difference of two results' metrics, in points where both are shares."""
+    difference = after["metric"] - before["metric"]
+    shares = all(0 <= result["metric"] <= 1 for result in (before, after))
+    return f"{100 * difference:+.2f} points" if shares else f"{difference:+.4g}"
 
 
 def _ratio(before: float, after: float, better: str, worse: str) -> str:

@@ -302,6 +302,16 @@ def test_one_clear_line_and_nothing_written(folder, capsys, monkeypatch, argumen
     assert [path for path in sorted(folder.iterdir()) if path.name not in ("o", "__pycache__")] == before
 
 
+def test_metrics_that_are_no_shares_are_not_shown_in_per_cent(folder):
+    result = run("user_networks:regression", "--out", "o", "--bits", "4", "8")
+    assert result.returncode == 0, result.stderr
+    (line,) = [line for line in result.stdout.splitlines() if line.startswith("metric (torch)")]
+    assert "-0." in line
+    assert "%" not in line
+    assert "points" not in line
+    assert "per cent" not in (folder / "o" / "report.html").read_text()
+
+
 def test_unreached_weights_can_be_dropped_on_purpose(folder):
     assert run("user_networks:unreached", "--out", "o", "--drop-unreached").returncode == 0
     assert (folder / "o" / "model.onnx").is_file()
