@@ -56,8 +56,8 @@ class WeightUse:
 class Certificate:
     """What the autograd graph proves of one parameter.
 
-    use: the one node that it enters, where the outputs are piecewise linear in it; else None. absent: whether the
-    outputs provably do not depend on it. reason: why there is neither.
+    use: the one node that it enters; None if there is not exactly one, or none can be proven. absent: whether the outputs
+    provably do not depend on it. reason: why the outputs are not proven piecewise linear in it; empty where they are.
     """
 
     use: WeightUse | None
@@ -109,12 +109,10 @@ def certify(outputs: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> di
             certificates[name] = Certificate(None, reason=f"{opaque}, a function written in Python, may use it unseen")
         elif not reached >> index & 1:
             certificates[name] = Certificate(None, absent=True)
-        elif name in curved:
-            certificates[name] = Certificate(None, reason=curved[name])
         elif len(uses[name]) != 1:
-            certificates[name] = Certificate(None, reason=f"it enters {len(uses[name])} operations")
+            certificates[name] = Certificate(None, reason=curved.get(name, f"it enters {len(uses[name])} operations"))
         else:
-            certificates[name] = Certificate(uses[name][0])
+            certificates[name] = Certificate(uses[name][0], reason=curved.get(name, ""))
     return certificates
 
 

@@ -56,7 +56,7 @@ def batch_traces(
             continue
         if certificate.absent:
             traces[name] = 0.0
-        elif certificate.use is None:
+        elif certificate.use is None or certificate.reason:
             reasons[name] = certificate.reason
         elif not is_supported(certificate.use, parameters[name]):
             reasons[name] = f"per-example gradients are not read off {certificate.use.operation}"
