@@ -1,11 +1,16 @@
 """The loss of a model over a data set: the only place that touches batches, weighting and model calls."""
 
 import contextlib
+import copy
+import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from functools import partial
 from typing import Any
+from unittest import mock
 
 import torch
+import torch.utils.checkpoint
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -25,6 +30,7 @@ class Objective:
 
     `forward(model, batch)` returns the outputs where a batch is not `(inputs, targets)`; targets are then
     `batch[1]` of a pair, or the batch itself. `items(batch)` returns `w_b` where the rules above do not fit.
+    `micro_batch`: at most so many examples at a time; batches are cut along the first dimension of their tensors.
     """
 
     def __init__(
@@ -35,7 +41,10 @@ class Objective:
         *,
         forward: Callable[[nn.Module, Any], Any] | None = None,
         items: Callable[[Any], float] | None = None,
+        micro_batch: int | None = None,
     ) -> None:
+        if micro_batch is not None and micro_batch < 1:
+            raise ValueError(f"micro_batch={micro_batch}: give a number of examples, at least 1, or None")
         if isinstance(data, Iterator):
             raise ValueError(
                 "`data` is an iterator and would be empty on the second pass: pass a list of batches, a DataLoader, "
@@ -46,11 +55,22 @@ class Objective:
         self.data = [data] if isinstance(data, Mapping) or _is_one_batch(data) else data
         self.forward = forward
         self.items = items
+        self.micro_batch = micro_batch
         self._total_weight: float | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model is, and batches go."""
+        return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
+
+    @property
+    def is_one_batch(self) -> bool:
+        """Whether the data is one batch, handled whole."""
+        return isinstance(self.data, list | tuple) and len(self.data) == 1 and self.micro_batch is None
+
     def batches(self) -> Iterator[Any]:
-        """The batches, moved to the model's device; ValueError if there are none."""
-        device = next((p.device for p in self.model.parameters()), torch.device("cpu"))
+        """The batches, moved to the model's device, cut into micro-batches; ValueError if there are none."""
+        device = self.device
         count = 0
         for batch in self.data:
             count += 1
@@ -59,7 +79,8 @@ class Objective:
                     f"a batch is a {type(batch).__name__}, not (inputs, targets): say how to call the model with "
                     "Objective(..., forward=lambda model, batch: ...)"
                 )
-            yield map_tensors(lambda tensor: tensor.to(device), batch)
+            for piece in [batch] if self.micro_batch is None else split_batch(batch, self.micro_batch):
+                yield map_tensors(lambda tensor: tensor.to(device), piece)
         if count == 0:
             raise ValueError("the data is empty: there is no batch to compute a loss on")
 
@@ -103,7 +124,7 @@ class Objective:
             if self.loss.weight is not None:
                 return float(self.loss.weight[valid].sum())
             return float(valid.numel())
-        return float(_count_examples(batch))
+        return float(count_examples(batch))
 
     @property
     def is_sum(self) -> bool:
@@ -112,12 +133,14 @@ class Objective:
 
     def total_weight(self) -> float:
         """The sum of the batch weights, from one pass over the data, the first time; 1 for a loss that sums."""
-        if self._total_weight is None:
-            total = 1.0 if self.is_sum else sum(self.weight(batch) for batch in self.batches())
-            if total <= 0:
-                raise ValueError("no item of the data counts: batches are empty, or the loss ignores every target")
+        if self._total_weight is not None:
+            return self._total_weight
+        total = 1.0 if self.is_sum else sum(self.weight(batch) for batch in self.batches())
+        if total <= 0:
+            raise ValueError("no item of the data counts: batches are empty, or the loss ignores every target")
+        if not self.is_one_batch:  # whose weight costs nothing and may change with the loss's
             self._total_weight = total
-        return self._total_weight
+        return total
 
     def weighted_batches(self) -> Iterator[tuple[Any, float]]:
         """Batches with weights that sum to one (or all 1 for a loss that sums)."""
@@ -134,21 +157,22 @@ class Objective:
         Attention runs by its formula there: the fused kernels have no second derivative.
         """
         buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
-        state = torch.get_rng_state()
-        try:
-            with torch.inference_mode(False), torch.enable_grad(), sdpa_kernel(SDPBackend.MATH):
-                yield
-        finally:
-            torch.set_rng_state(state)
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
+            try:
+                with sdpa_kernel(SDPBackend.MATH), _checkpoints_without_reentry():
+                    yield
+            finally:
+                with torch.no_grad():
+                    for buffer, before in buffers:
+                        if not torch.equal(buffer, before):  # writing anyway would spoil graphs that are kept
+                            buffer.copy_(before)
 
     def _why_not_finite(self, value: torch.Tensor, batch: Any) -> str:
         for name, tensor in (*self.model.named_parameters(), *self.model.named_buffers()):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 return f"the loss is {value.item()}: {name!r} of the model holds NaN or Inf"
-        for position, tensor in enumerate(_tensors(batch)):
+        for position, tensor in enumerate(tensors_of(batch)):
             if tensor.is_floating_point() and not torch.isfinite(tensor).all():
                 rows = (~torch.isfinite(tensor)).flatten(1).any(1) if tensor.dim() > 1 else ~torch.isfinite(tensor)
                 first = int(rows.nonzero()[0])
@@ -157,6 +181,15 @@ class Objective:
                     f"example {first}; clean the data or drop the example"
                 )
         return f"the loss is {value.item()} although weights and data are finite: the model or the loss overflows"
+
+
+def _checkpoints_without_reentry() -> contextlib.AbstractContextManager[Any]:
+    """Gradient checkpoints of the reentrant kind, which `torch.autograd.grad` refuses, run as those of the other kind."""
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return torch.utils.checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+    return mock.patch.object(torch.utils.checkpoint.CheckpointFunction, "apply", apply)
 
 
 def batches_of(
@@ -181,34 +214,62 @@ def _is_one_batch(data: Any) -> bool:
     return _is_pair(data) and all(isinstance(part, torch.Tensor) for part in data)
 
 
-def _tensors(batch: Any) -> Iterator[torch.Tensor]:
+def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
+    """Every tensor in a batch or in a model's outputs; dicts, tuples, lists and dataclasses are followed."""
     if isinstance(batch, torch.Tensor):
         yield batch
     elif isinstance(batch, Mapping):
         for part in batch.values():
-            yield from _tensors(part)
+            yield from tensors_of(part)
     elif isinstance(batch, tuple | list):
         for part in batch:
-            yield from _tensors(part)
+            yield from tensors_of(part)
+    elif _is_dataclass(batch):
+        for field in dataclasses.fields(batch):
+            yield from tensors_of(getattr(batch, field.name))
 
 
-def _count_examples(batch: Any) -> int:
-    for tensor in _tensors(batch):
+def count_examples(batch: Any) -> int:
+    """The length of the first tensor that has one; ValueError if none has."""
+    for tensor in tensors_of(batch):
         if tensor.dim() > 0:
             return tensor.shape[0]
     raise ValueError(f"cannot count the examples of a {type(batch).__name__}: pass items=lambda batch: ...")
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """The batch with `function` applied to every tensor in it; dicts, tuples (named ones too) and lists are followed."""
+    """The batch with `function` applied to every tensor in it, otherwise of the same types."""
     if isinstance(batch, torch.Tensor):
         return function(batch)
+    if _is_dataclass(batch):
+        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
+        return dataclasses.replace(batch, **{name: map_tensors(function, part) for name, part in parts.items()})
+    if isinstance(batch, MutableMapping):
+        mapped = copy.copy(batch)
+        for key, part in batch.items():
+            mapped[key] = map_tensors(function, part)
+        return mapped
     if isinstance(batch, Mapping):
         return {key: map_tensors(function, part) for key, part in batch.items()}
     if isinstance(batch, tuple | list):
-        parts = [map_tensors(function, part) for part in batch]
-        return type(batch)(*parts) if hasattr(batch, "_fields") else type(batch)(parts)
+        items = [map_tensors(function, part) for part in batch]
+        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
     return batch
+
+
+def split_batch(batch: Any, size: int) -> Iterator[Any]:
+    """The batch in pieces of `size` examples: tensors as long as the batch are cut, everything else is shared."""
+    count = count_examples(batch)
+
+    def cut(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
+        return tensor[rows] if tensor.dim() and len(tensor) == count else tensor
+
+    for start in range(0, count, size):
+        yield map_tensors(partial(cut, rows=slice(start, start + size)), batch)
+
+
+def _is_dataclass(value: Any) -> bool:
+    return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
 def _check_classes(loss: LossFunction, outputs: Any, targets: Any) -> None:

@@ -70,3 +70,13 @@ def unflatten(vector: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.
     """Cut a (P,) vector into tensors shaped like `like`."""
     pieces = vector.split([tensor.numel() for tensor in like])
     return [piece.view(tensor.shape) for piece, tensor in zip(pieces, like, strict=True)]
+
+
+def positions(parameters: Mapping[str, nn.Parameter], names: Sequence[str]) -> torch.Tensor:
+    """Where the named parameters' entries are in the flat vector of `parameters`, in that vector's order."""
+    pieces, start = [], 0
+    for name, parameter in parameters.items():
+        if name in names:
+            pieces.append(torch.arange(start, start + parameter.numel()))
+        start += parameter.numel()
+    return torch.cat(pieces)

@@ -5,7 +5,7 @@ everywhere, so the parameter's diagonal block of the Hessian *equals* its Gauss-
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -123,6 +123,15 @@ def reachable_parameters(result: torch.Tensor, parameters: Mapping[str, nn.Param
         return list(parameters)
     leaves = {id(node.variable) for node in nodes if _is_leaf(node)}  # type: ignore[attr-defined]
     return [name for name, parameter in parameters.items() if id(parameter) in leaves]
+
+
+def missing_derivative(results: Sequence[torch.Tensor]) -> str:
+    """What in the graph of `results` has no derivative (so that autograd would take it for a constant); empty if nothing."""
+    for result in results:
+        for node in _inputs_first(result.grad_fn):
+            if operation(node) in ("Error", "NotImplemented"):
+                return "a function that can be differentiated only once"
+    return ""
 
 
 def _is_leaf(node: Node) -> bool:

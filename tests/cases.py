@@ -54,6 +54,63 @@ class SmoothNet(nn.Module):
         return self.last(F.gelu(self.norm(self.first(x))))
 
 
+class Depthwise(nn.Module):
+    """A depthwise and a pointwise convolution with strides and padding, and a 1-d convolution at the end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.depthwise = nn.Conv2d(2, 4, 3, stride=2, padding=1, groups=2)
+        self.norm = nn.BatchNorm2d(4)
+        self.pointwise = nn.Conv2d(4, 3, 1, bias=False)
+        self.last = nn.Conv1d(3, 3, 2, padding=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.pointwise(F.silu(self.norm(self.depthwise(x))))
+        return self.last(x.flatten(2)).mean(2)
+
+
+class Recurrent(nn.Module):
+    """An LSTM over (N, T, C) and a linear layer on its last state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(2, 3, batch_first=True)
+        self.fc = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc(self.lstm(x)[0][:, -1])
+
+
+class Attention(nn.Module):
+    """torch's own attention and its fused kernel, layer norm, GELU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(3, 4)
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+        self.norm = nn.LayerNorm(4)
+        self.fc = nn.Linear(4, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.inner(x)
+        x = self.norm(x + self.attention(x, x, x, need_weights=False)[0])
+        x = x + F.scaled_dot_product_attention(x, x, F.gelu(x), is_causal=True)
+        return self.fc(x).mean(1)
+
+
+class Tied(nn.Module):
+    """One weight used twice, once transposed, under one name and under another."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encode = nn.Linear(3, 3)
+        self.decode = nn.Linear(3, 3)
+        self.decode.weight = self.encode.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.decode(torch.tanh(F.linear(torch.tanh(self.encode(x)), self.encode.weight.T)))
+
+
 def seeded(build: type[nn.Module], seed: int = 0, dtype: torch.dtype = torch.float64) -> nn.Module:
     """An instance in evaluation mode whose batch norms have statistics and affine parameters of their own."""
     with torch.random.fork_rng(devices=[]):

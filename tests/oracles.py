@@ -25,6 +25,29 @@ def dense_hessian(model: nn.Module, scalar_loss: Callable[[nn.Module], torch.Ten
     return torch.stack(rows)
 
 
+def jacobian(model: nn.Module, values: torch.Tensor, names: Sequence[str]) -> torch.Tensor:
+    """The derivatives of every entry of `values` in the named parameters, (entries, P), one backward pass each."""
+    parameters = [dict(model.named_parameters())[name] for name in names]
+    rows = []
+    for value in values.reshape(-1):
+        row = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+        pieces = zip(row, parameters, strict=True)
+        rows.append(torch.cat([(torch.zeros_like(p) if r is None else r).reshape(-1) for r, p in pieces]))
+    return torch.stack(rows)
+
+
+def dense_gauss_newton(
+    model: nn.Module, loss: Callable[..., torch.Tensor], data: Sequence[torch.Tensor], names: Sequence[str]
+) -> torch.Tensor:
+    """J^T A J with A the dense Hessian of the loss in all outputs."""
+    outputs = model(data[0])
+    inner = torch.autograd.functional.hessian(
+        lambda flat: loss(flat.view(outputs.shape), data[1]), outputs.detach().reshape(-1)
+    )
+    factor = jacobian(model, outputs, names)
+    return factor.T @ inner @ factor
+
+
 def block_traces(matrix: torch.Tensor, sizes: Mapping[str, int]) -> dict[str, float]:
     """The traces of the diagonal blocks of those sizes."""
     pieces = matrix.diagonal().split(list(sizes.values()))

@@ -13,8 +13,9 @@ from torch import nn
 
 import hessian
 from hessian.tasks import BUILT_IN
+from hessian.tasks.cache import cache_folder
 from hessian.tasks.digits import digits_resnet20
-from hessian.tasks.pretrained import Recipe, cache_folder, pretrained_weights, train_classifier
+from hessian.tasks.pretrained import Recipe, pretrained_weights, train_classifier
 
 USER_MODULE = """
 import dataclasses
@@ -214,4 +215,4 @@ def test_importing_prints_nothing_and_configures_no_logging():
 
 
 def test_built_in_names():
-    assert list(BUILT_IN) == ["digits-resnet20", "digits-mobilenet"]
+    assert list(BUILT_IN) == ["digits-resnet20", "digits-mobilenet", "text-transformer", "minilm"]

@@ -9,7 +9,8 @@ from tqdm.auto import tqdm
 
 from hessian.estimators.exact_trace import NotExactError, batch_traces
 from hessian.objective import Data, LossFunction, Objective
-from hessian.operators.hessian import Hessian, as_objective
+from hessian.operators.curvature import as_objective
+from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection, requiring_grad, select_parameters
 from hessian.results import LayerReport, LayerRow
 

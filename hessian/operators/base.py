@@ -1,6 +1,7 @@
 """A matrix that you can only multiply by."""
 
 from abc import ABC, abstractmethod
+from functools import partial
 
 import numpy as np
 import torch
@@ -50,6 +51,11 @@ class LinearOperator(ABC):
         """The product with vectors kept as rows: (K, P) to (K, P)."""
         return (self @ rows.T).T
 
+    @property
+    def T(self) -> "LinearOperator":  # noqa: N802  # torch's name for it
+        """The transpose: itself."""
+        return self
+
     def __add__(self, other: "LinearOperator") -> "LinearOperator":
         return Combination(self, 1.0, other, 1.0) if isinstance(other, LinearOperator) else NotImplemented
 
@@ -80,11 +86,12 @@ class LinearOperator(ABC):
     def to_scipy(self, dtype: type = np.float64) -> ScipyOperator:
         """A scipy.sparse.linalg.LinearOperator; products are computed in the operator's own precision."""
 
-        def product(vectors: np.ndarray) -> np.ndarray:
+        def product(operator: LinearOperator, vectors: np.ndarray) -> np.ndarray:
             converted = torch.as_tensor(vectors, dtype=self.dtype, device=self.device)
-            return (self @ converted).cpu().to(torch.float64).numpy().astype(dtype)
+            return (operator @ converted).cpu().to(torch.float64).numpy().astype(dtype)
 
-        return ScipyOperator(self.shape, matvec=product, matmat=product, rmatvec=product, rmatmat=product, dtype=dtype)
+        forth, back = partial(product, self), partial(product, self.T)
+        return ScipyOperator(self.shape, matvec=forth, matmat=forth, rmatvec=back, rmatmat=back, dtype=dtype)
 
 
 class Combination(LinearOperator):

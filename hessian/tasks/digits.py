@@ -10,6 +10,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from hessian.task import Task
+from hessian.tasks.accuracy import accuracy
 from hessian.tasks.mobilenet import MobileNet
 from hessian.tasks.pretrained import Recipe, pretrained_weights
 from hessian.tasks.resnet import ResNet20
@@ -25,11 +26,6 @@ def digits_datasets() -> tuple[TensorDataset, TensorDataset]:
     targets = torch.tensor(digits.target, dtype=torch.int64)
     train, test = train_test_split(range(len(targets)), test_size=TEST_SIZE, stratify=digits.target, random_state=0)
     return TensorDataset(images[train], targets[train]), TensorDataset(images[test], targets[test])
-
-
-def accuracy(outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-    """The share of examples whose largest logit is the target's."""
-    return (outputs.argmax(dim=1) == targets).float().mean()
 
 
 def digits_resnet20(*, pretrained: bool = True, seed: int = 0) -> Task:

@@ -1,0 +1,242 @@
+"""What all curvature matrices of an objective share: parameters, batches, one kept batch, blocks."""
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, Self
+
+import torch
+from torch import nn
+
+from hessian.memory import check_fits, saved_bytes
+from hessian.objective import Data, LossFunction, Objective, count_examples, split_batch, tensors_of
+from hessian.operators.base import LinearOperator
+from hessian.parameters import Selection, flatten, requiring_grad, select_parameters, unflatten
+from hessian.second_backward import CheapSecondBackward
+from hessian.structure import missing_derivative
+
+Tensors = dict[str, torch.Tensor]
+Multiply = Callable[[Tensors], Tensors]  # from a direction to the product, both by parameter name
+
+_NO_SECOND_DERIVATIVE = ("derivative for", "is not implemented", "once_differentiable", "not differentiable", "double backward")
+
+
+class NoSecondDerivativeError(RuntimeError):
+    """Part of the model can be differentiated only once; the text says which."""
+
+
+def differentiable_twice(gradients: Iterable[torch.Tensor]) -> None:
+    """NoSecondDerivativeError where autograd would silently treat part of these first derivatives as constant."""
+    missing = missing_derivative([gradient for gradient in gradients if gradient.grad_fn is not None])
+    if missing:
+        raise NoSecondDerivativeError(f"there is {missing}")
+
+
+class CurvatureOperator(LinearOperator):
+    """A curvature matrix of the data set's loss in the selected parameters.
+
+    Coordinates follow `named_parameters` order. The parameters' current values and the modules' current modes count;
+    nothing of the model is changed.
+
+    Where the data is one batch, the graph of its first derivatives is kept and every product is one more backward pass;
+    otherwise each pass over the data builds a batch's graph once for all vectors of a block. `micro_batch` cuts batches
+    into that many examples at a time, with the same result and less memory. `method` tells how products are
+    computed: "double backward", or "finite differences" where the model has no second derivatives.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | Objective,
+        loss: LossFunction | None = None,
+        data: Data | None = None,
+        params: Selection = None,
+        *,
+        micro_batch: int | None = None,
+    ) -> None:
+        self.objective = as_objective(model, loss, data, micro_batch)
+        self.parameters = select_parameters(self.objective.model, params)
+        first = next(iter(self.parameters.values()))
+        for name, parameter in self.parameters.items():
+            if (parameter.dtype, parameter.device) != (first.dtype, first.device):
+                raise TypeError(
+                    f"parameter {name!r} is {parameter.dtype} on {parameter.device}, others are {first.dtype} on "
+                    f"{first.device}: select parameters of one kind"
+                )
+        size = sum(parameter.numel() for parameter in self.parameters.values())
+        self.shape, self.dtype, self.device = (size, size), first.dtype, first.device
+        self._source = _Source(self.parameters)
+
+    @abstractmethod
+    def _differentiate(self, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Multiply:
+        """Products with the matrix of one batch's loss, by automatic differentiation."""
+
+    @abstractmethod
+    def _difference(self, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Multiply:
+        """The same by finite differences, for models without second derivatives."""
+
+    @property
+    def method(self) -> str:
+        return "finite differences" if self._source.differences else "double backward"
+
+    def block(self, params: Selection) -> Self:
+        """The diagonal block of the parameters that `params` (names, globs) chooses; it shares the kept graph."""
+        block = self._with(params)
+        if set(block.parameters) <= set(self._source.parameters):
+            block._source = self._source
+        return block
+
+    def _with(self, params: Selection) -> Self:
+        """The same matrix of other parameters."""
+        return type(self)(self.objective, params=params)
+
+    def _matmat(self, vectors: torch.Tensor) -> torch.Tensor:
+        rows = vectors.T.contiguous()
+        parameters = list(self.parameters.values())
+        products = torch.zeros_like(rows)
+        with requiring_grad(self._source.parameters), self.objective.undisturbed(), CheapSecondBackward():
+            self._check_memory()
+            for batch, weight in self.objective.weighted_batches():
+                multiply = self._first_multiplier(batch)
+                for row, total in zip(rows, products, strict=True):
+                    directions = dict(zip(self.parameters, unflatten(row, parameters), strict=True))
+                    try:
+                        product = multiply(directions)
+                    except (RuntimeError, NotImplementedError) as error:
+                        multiply = self._fall_back(batch, error)
+                        product = multiply(directions)
+                    total.add_(flatten([product[name] for name in self.parameters]), alpha=weight)
+                del multiply
+        return products.T
+
+    def _first_multiplier(self, batch: Any) -> Multiply:
+        try:
+            return self._multiplier(batch)
+        except NoSecondDerivativeError as error:
+            return self._fall_back(batch, error)
+
+    def _multiplier(self, batch: Any) -> Multiply:
+        """Products for one batch, from the kept graph where there is one that still holds."""
+        build = self._difference if self._source.differences else self._differentiate
+        if not self.objective.is_one_batch:
+            return build(batch, self.parameters)
+        tensors = [*self.objective.model.parameters(), *self.objective.model.buffers(), *tensors_of(batch)]
+        if isinstance(self.objective.loss, nn.Module):
+            tensors += [*self.objective.loss.parameters(), *self.objective.loss.buffers()]
+        modes = [module.training for module in self.objective.model.modules()]
+        return self._source.multiplier(lambda: build(batch, self._source.parameters), modes, tensors)
+
+    def _fall_back(self, batch: Any, error: Exception) -> Multiply:
+        """Finite differences in place of a derivative that does not exist; any other error is raised again."""
+        missing = isinstance(error, NoSecondDerivativeError) or any(words in str(error) for words in _NO_SECOND_DERIVATIVE)
+        if self._source.differences or not missing:
+            raise error
+        warnings.warn(
+            f"no second derivative ({str(error).splitlines()[0][:200]}): products by finite differences of first derivatives, "
+            "with relative errors of about 1e-3 in float32 and 1e-6 in float64",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+        self._source.use_differences()
+        return self._multiplier(batch)
+
+    def _check_memory(self) -> None:
+        """Once, before the first product: MemoryError with the batch size that fits, where one batch is too much."""
+        if self._source.fits:
+            return
+        batch = next(iter(self.objective.batches()))
+        examples = count_examples(batch)
+        tensors = [*self.objective.model.parameters(), *self.objective.model.buffers(), *tensors_of(batch)]
+        excluded = {tensor.untyped_storage().data_ptr() for tensor in tensors}
+
+        def measure(size: int) -> int:
+            piece = next(iter(split_batch(batch, size)))
+            return saved_bytes(lambda: self.objective.outputs(piece), excluded)
+
+        self._source.fits = True
+        if examples > 2:
+            try:
+                check_fits(measure, examples, self.device, "use micro_batch={size}, or smaller batches")
+            except MemoryError:
+                self._source.fits = False
+                raise
+            except Exception:  # a model that takes no smaller batch cannot be measured; its own errors come where they belong
+                return
+
+
+class _Source:
+    """Where the products of an operator and its blocks come from: a kept graph of these parameters, or finite differences."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
+        self.parameters = parameters
+        self.differences = False
+        self.fits = False
+        self._multiply: Multiply | None = None
+        self._modes: list[bool] = []
+        self._seen: list[torch.Tensor] = []
+
+    def use_differences(self) -> None:
+        self.differences, self._multiply = True, None
+
+    def multiplier(self, build: Callable[[], Multiply], modes: list[bool], tensors: list[torch.Tensor]) -> Multiply:
+        """What `build` returned for the same modes and the same values of `tensors`, built anew where they changed."""
+        if self._multiply is not None and self._holds(modes, tensors):
+            return self._multiply
+        self._multiply = None  # the old graph is freed before the new one is made
+        self._modes, self._seen = modes, [tensor.detach().clone() for tensor in tensors]
+        multiply = build()
+        if self._holds(modes, tensors):  # a forward pass that changes buffers leaves a graph for one product only
+            self._multiply = multiply
+        return multiply
+
+    def _holds(self, modes: list[bool], tensors: list[torch.Tensor]) -> bool:
+        return (
+            modes == self._modes
+            and len(tensors) == len(self._seen)
+            and all(torch.equal(new, old) for new, old in zip(tensors, self._seen, strict=True))
+        )
+
+
+def central_difference(
+    evaluate: Callable[[], list[torch.Tensor]], parameters: Mapping[str, nn.Parameter], directions: Tensors
+) -> list[torch.Tensor]:
+    r"""The derivative of `evaluate` in a direction of the parameters, by central differences.
+
+    .. math:: \frac{f(\theta + h v) - f(\theta - h v)}{2 h}, \qquad
+              h = \epsilon^{1/3} \max(\|\theta\|, 1) / \|v\|
+
+    with the precision's epsilon: the step in parameter space depends neither on the direction's length nor, relatively, on
+    the parameters' (Nocedal & Wright, section 8.1). The parameters come back bit by bit.
+    """
+    moved = {name: parameters[name] for name in directions}
+    length = torch.stack([direction.double().norm() for direction in directions.values()]).norm()
+    size = torch.stack([parameter.detach().double().norm() for parameter in moved.values()]).norm()
+    if length == 0:
+        return [torch.zeros_like(tensor) for tensor in evaluate()]
+    dtype = next(iter(moved.values())).dtype
+    step = float(torch.finfo(dtype).eps ** (1 / 3) * size.clamp(min=1.0) / length)
+    originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
+    results = []
+    try:
+        for sign in (1.0, -1.0):
+            with torch.no_grad():
+                for name, parameter in moved.items():
+                    parameter.copy_(originals[name] + sign * step * directions[name])
+            results.append([tensor.detach() for tensor in evaluate()])
+    finally:
+        with torch.no_grad():
+            for name, parameter in moved.items():
+                parameter.copy_(originals[name])
+    return [(above - below) / (2 * step) for above, below in zip(*results, strict=True)]
+
+
+def as_objective(
+    model: nn.Module | Objective, loss: LossFunction | None, data: Data | None, micro_batch: int | None = None
+) -> Objective:
+    """The Objective that a public function was called with, in either form."""
+    if isinstance(model, Objective):
+        if loss is not None or data is not None or micro_batch is not None:
+            raise TypeError("pass either an Objective or a model with its loss and data, not both")
+        return model
+    if loss is None or data is None:
+        raise TypeError("a loss and data are needed beside the model")
+    return Objective(model, loss, data, micro_batch=micro_batch)

@@ -1,0 +1,427 @@
+"""Every curvature operator against dense float64 matrices, on every kind of network and loss."""
+
+import copy
+import dataclasses
+import warnings
+
+import pytest
+import torch
+import torch.utils.checkpoint
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import hessian
+from tests.cases import Attention, ConvNet, Depthwise, Recurrent, SmoothNet, Tied, classification, seeded
+from tests.oracles import assert_unchanged, dense_gauss_newton, dense_hessian, jacobian, snapshot
+
+NETWORKS = {
+    "mlp": (SmoothNet, (7, 4)),
+    "cnn": (ConvNet, (5, 1, 7, 6)),
+    "depthwise": (Depthwise, (6, 2, 5, 6)),
+    "lstm": (Recurrent, (5, 4, 2)),
+    "attention": (Attention, (5, 4, 3)),
+    "tied": (Tied, (6, 3)),
+}
+WEIGHTS = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+
+
+def custom(outputs, targets):
+    return (outputs.sin() * F.one_hot(targets, 3)).exp().sum(1).log().mean()
+
+
+def squared(outputs, targets):
+    return F.mse_loss(outputs, F.one_hot(targets, 3).double())
+
+
+def binary(outputs, targets):
+    return F.binary_cross_entropy_with_logits(outputs, F.one_hot(targets, 3).double())
+
+
+LOSSES = {
+    "cross-entropy": nn.CrossEntropyLoss(),
+    "smoothing": nn.CrossEntropyLoss(label_smoothing=0.1),
+    "class weights": nn.CrossEntropyLoss(weight=WEIGHTS),
+    "ignore_index": nn.CrossEntropyLoss(ignore_index=1),
+    "binary": binary,
+    "squared": squared,
+    "custom": custom,
+}
+EVERY_NETWORK = pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
+EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
+
+
+def names_of(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def in_batches(data, split):
+    return list(zip(data[0].split(split), data[1].split(split), strict=True))
+
+
+def empirical_fisher(model, losses, shares, names):
+    """sum_i s_i g_i g_i^T from one backward pass an item."""
+    gradients = jacobian(model, losses, names)
+    return gradients.T @ (shares[:, None] * gradients)
+
+
+@EVERY_LOSS
+@EVERY_NETWORK
+def test_hessian(build, shape, loss):
+    model, data = seeded(build), classification(*shape)
+    operator = hessian.Hessian(model, loss, data)
+    with sdpa_kernel(SDPBackend.MATH):
+        dense = dense_hessian(model, lambda m: loss(m(data[0]), data[1]), names_of(model))
+    assert relative_error(operator.to_dense(), dense) < 1e-10
+    cut = hessian.Hessian(model, loss, in_batches(data, 2), micro_batch=1)
+    assert relative_error(cut.to_dense(), dense) < 1e-10
+
+
+@EVERY_LOSS
+@EVERY_NETWORK
+def test_gauss_newton(build, shape, loss):
+    model, data = seeded(build), classification(*shape)
+    with sdpa_kernel(SDPBackend.MATH):
+        dense = dense_gauss_newton(model, loss, data, names_of(model))
+    assert relative_error(hessian.GaussNewton(model, loss, data).to_dense(), dense) < 1e-10
+    assert relative_error(hessian.GaussNewton(model, loss, in_batches(data, 3)).to_dense(), dense) < 1e-10
+    assert relative_error(hessian.GaussNewton(model, loss, data, micro_batch=2).to_dense(), dense) < 1e-10
+
+
+@EVERY_NETWORK
+def test_empirical_fisher(build, shape):
+    model, data = seeded(build), classification(*shape)
+    with sdpa_kernel(SDPBackend.MATH):
+        losses = F.cross_entropy(model(data[0]), data[1], reduction="none")
+        dense = empirical_fisher(model, losses, torch.full_like(losses, 1 / len(losses)), names_of(model))
+    assert relative_error(hessian.Fisher(model, nn.CrossEntropyLoss(), data).to_dense(), dense) < 1e-10
+    cut = hessian.Fisher(model, lambda outputs, targets: F.cross_entropy(outputs, targets), in_batches(data, 2))
+    assert relative_error(cut.to_dense(), dense) < 1e-10
+
+
+@pytest.mark.parametrize("name", ["class weights", "ignore_index", "smoothing"])
+def test_empirical_fisher_counts_items_as_the_loss_does(name):
+    model, data, loss = seeded(SmoothNet), classification(9, 4), LOSSES[name]
+    valid = data[1] != loss.ignore_index
+    single = [copy.copy(loss) for _ in range(9)]
+    losses = torch.stack(
+        [one(model(x[None]), y[None]) for one, x, y, counts in zip(single, *data, valid, strict=True) if counts]
+    )
+    weights = torch.ones(9, dtype=torch.float64) if loss.weight is None else loss.weight[data[1]]
+    shares = weights[valid] / weights[valid].sum()
+    dense = empirical_fisher(model, losses, shares, names_of(model))
+    assert relative_error(hessian.Fisher(model, loss, data).to_dense(), dense) < 1e-10
+    assert relative_error(hessian.Fisher(model, loss, in_batches(data, 4)).to_dense(), dense) < 1e-10
+
+
+def test_tokens_are_items():
+    """Targets (N, T): a loss, and a gradient in the Fisher matrix, for every token that is not ignored."""
+    model = nn.Conv1d(2, 3, 3, padding=1).double()
+    inputs = torch.randn(4, 2, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    targets = torch.randint(0, 3, (4, 5), generator=torch.Generator().manual_seed(1))
+    targets[0, 2:] = targets[3, 4:] = -100
+    losses = F.cross_entropy(model(inputs), targets, reduction="none")[targets != -100]
+    names, loss = names_of(model), nn.CrossEntropyLoss()
+    fisher = empirical_fisher(model, losses, torch.full_like(losses, 1 / len(losses)), names)
+    exact = dense_hessian(model, lambda m: loss(m(inputs), targets), names)
+    for split in ((4,), (1, 3)):
+        batches = in_batches((inputs, targets), split)
+        assert relative_error(hessian.Fisher(model, loss, batches).to_dense(), fisher) < 1e-10
+        assert relative_error(hessian.Hessian(model, loss, batches).to_dense(), exact) < 1e-10
+
+
+@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()], ids=str)
+def test_sampled_fisher_has_the_gauss_newton_matrix_as_its_mean(loss):
+    model, (inputs, targets) = seeded(Tied), classification(5, 3)
+    if not isinstance(loss, nn.CrossEntropyLoss):
+        targets = F.one_hot(targets, 3).double()
+    expected = hessian.GaussNewton(model, loss, (inputs, targets)).to_dense()
+    generator = torch.Generator().manual_seed(0)
+    draws = torch.stack(
+        [hessian.Fisher(model, loss, (inputs, targets), kind="sampled", generator=generator).to_dense() for _ in range(400)]
+    )
+    errors = (draws.mean(0) - expected) / (draws.std(0) / 20).clamp(min=1e-12)
+    assert errors.square().mean() < 1.3  # one, but for the noise of a few hundred dependent entries
+    assert errors.square().mean() > 0.3
+
+
+def test_sampled_fisher_is_one_fixed_matrix():
+    model, data = seeded(SmoothNet), classification(8, 4)
+    loss, batches = nn.CrossEntropyLoss(), in_batches(data, 3)
+    operator = hessian.Fisher(model, loss, batches, kind="sampled", generator=torch.Generator().manual_seed(4))
+    again = hessian.Fisher(model, loss, batches, kind="sampled", generator=torch.Generator().manual_seed(4))
+    dense = operator.to_dense()
+    assert torch.equal(operator.to_dense(), dense)
+    assert torch.equal(again.to_dense(), dense)
+    torch.testing.assert_close(operator.block("last.*").to_dense(), dense[-18:, -18:])
+    with pytest.raises(ValueError, match="label smoothing is the negative logarithm of no distribution"):
+        hessian.Fisher(model, nn.CrossEntropyLoss(label_smoothing=0.1), data, kind="sampled")
+
+
+@pytest.mark.parametrize("kind", [hessian.Hessian, hessian.GaussNewton, hessian.Fisher])
+def test_operators_leave_everything_as_it_was(kind):
+    model, data = seeded(ConvNet).train(), classification(6, 1, 8, 8)
+    model.stem.weight.requires_grad_(False)
+    before, state = snapshot(model), torch.get_rng_state()
+    operator = kind(model, nn.CrossEntropyLoss(), data)
+    vectors = torch.randn(operator.shape[0], 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    product = operator @ vectors
+    assert torch.equal(operator @ vectors, product)
+    assert_unchanged(model, before)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert not product.requires_grad
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_gradient_checkpointing(reentrant):
+    class Checkpointed(SmoothNet):
+        def forward(self, x):
+            hidden = torch.utils.checkpoint.checkpoint(
+                lambda y: F.gelu(self.norm(self.first(y))), x.requires_grad_(True), use_reentrant=reentrant
+            )
+            return self.last(hidden)
+
+    data, loss = classification(6, 4), nn.CrossEntropyLoss()
+    expected = hessian.Hessian(seeded(SmoothNet), loss, data).to_dense()
+    operator = hessian.Hessian(seeded(Checkpointed), loss, (data[0].clone(), data[1]))
+    for _ in range(2):  # the kept graph is used again
+        assert relative_error(operator.to_dense(), expected) < 1e-12
+
+
+def test_channels_last_and_autocast():
+    model, data, loss = seeded(ConvNet, dtype=torch.float32), classification(6, 1, 8, 8), nn.CrossEntropyLoss()
+    inputs, targets = data[0].float(), data[1]
+    plain = hessian.Hessian(model, loss, (inputs, targets))
+    vectors = torch.randn(plain.shape[0], 2, generator=torch.Generator().manual_seed(0))
+    expected = plain @ vectors
+    last = hessian.Hessian(
+        copy.deepcopy(model).to(memory_format=torch.channels_last),
+        loss,
+        (inputs.to(memory_format=torch.channels_last), targets),
+    )
+    assert relative_error(last @ vectors, expected) < 1e-5
+
+    class Autocast(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = model
+
+        def forward(self, x):
+            with torch.autocast("cpu", torch.bfloat16):
+                return self.inner(x).float()
+
+    mixed = Autocast()
+    found = hessian.Hessian(mixed, loss, (inputs, targets)) @ vectors
+    parameters = list(mixed.parameters())
+    gradients = torch.autograd.grad(loss(mixed(inputs), targets), parameters, create_graph=True)
+    directions = [piece.view(p.shape) for piece, p in zip(vectors[:, 0].split([p.numel() for p in parameters]), parameters)]
+    product = torch.autograd.grad(gradients, parameters, grad_outputs=directions)
+    assert relative_error(found[:, 0], torch.cat([part.reshape(-1) for part in product])) < 1e-2  # bfloat16's own rounding
+    assert relative_error(found, expected) < 0.2
+
+
+def test_dataclass_outputs_and_dict_batches():
+    @dataclasses.dataclass
+    class Outputs:
+        logits: torch.Tensor
+        hidden: torch.Tensor
+
+    class Wrapped(SmoothNet):
+        def forward(self, x):
+            hidden = self.norm(self.first(x))
+            return Outputs(self.last(F.gelu(hidden)), hidden)
+
+    data = classification(7, 4)
+    model = seeded(Wrapped)
+    batches = [{"x": data[0][:5], "y": data[1][:5]}, {"x": data[0][5:], "y": data[1][5:]}]
+    objective = hessian.Objective(
+        model,
+        lambda outputs, batch: F.cross_entropy(outputs.logits, batch["y"]),
+        batches,
+        forward=lambda network, batch: network(batch["x"]),
+    )
+    plain, loss = seeded(SmoothNet), nn.CrossEntropyLoss()
+    for kind in (hessian.Hessian, hessian.GaussNewton, hessian.Fisher):
+        assert relative_error(kind(objective).to_dense(), kind(plain, loss, data).to_dense()) < 1e-10
+    cut = hessian.Objective(
+        model, objective.loss, batches, forward=objective.forward, items=lambda batch: len(batch["y"]), micro_batch=2
+    )
+    assert relative_error(hessian.Hessian(cut).to_dense(), hessian.Hessian(plain, loss, data).to_dense()) < 1e-10
+
+
+class _OnceOnly(torch.autograd.Function):
+    """x^3, differentiable once."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x**3
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        return 3 * x**2 * gradient
+
+
+@pytest.mark.parametrize("scale", [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize("kind", [hessian.Hessian, hessian.GaussNewton])
+def test_finite_differences_where_there_is_no_second_derivative(kind, scale):
+    class Cubic(SmoothNet):
+        once = True
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return self.last(_OnceOnly.apply(hidden) if self.once else hidden**3)
+
+    model, data, loss = seeded(Cubic), classification(6, 4), nn.CrossEntropyLoss()
+    model.once = False
+    reference = kind(model, loss, data)
+    vector = scale * torch.randn(reference.shape[0], dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = reference @ vector
+    assert reference.method == "double backward"
+    model.once = True
+    operator, before = kind(model, loss, data), snapshot(model)
+    with pytest.warns(RuntimeWarning, match="no second derivative .* finite differences"):
+        found = operator @ vector
+    assert operator.method == "finite differences"
+    assert relative_error(found, expected) < 1e-6
+    assert_unchanged(model, before)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert torch.equal(operator @ vector, found)
+
+
+def test_errors_of_the_model_are_not_taken_for_missing_derivatives():
+    data = classification(6, 5)
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        hessian.Hessian(seeded(SmoothNet), nn.CrossEntropyLoss(), data) @ torch.ones(53, dtype=torch.float64)
+
+
+def test_the_kept_graph_notices_every_change():
+    model, loss = seeded(ConvNet), nn.CrossEntropyLoss(weight=WEIGHTS.clone())
+    inputs, targets = classification(6, 1, 8, 8)
+    operator = hessian.Hessian(model, loss, (inputs, targets))
+    vector = torch.ones(operator.shape[0], dtype=torch.float64)
+
+    def check():
+        torch.testing.assert_close(
+            operator @ vector, hessian.Hessian(model, loss, (inputs.clone(), targets)) @ vector, rtol=1e-12, atol=1e-14
+        )
+
+    check()
+    model.stem.weight.data.mul_(1.1)  # invisible to autograd's version counter
+    check()
+    model.bn.running_var.mul_(2)
+    check()
+    inputs.add_(0.1)
+    check()
+    loss.weight.mul_(torch.tensor([1.0, 2.0, 1.0]))
+    check()
+    before = operator @ vector
+    model.train()
+    check()
+    assert not torch.allclose(operator @ vector, before)
+
+
+def test_submatrices_and_block_diagonals():
+    model, data, loss = seeded(SmoothNet), classification(7, 4), nn.CrossEntropyLoss()
+    operator = hessian.Hessian(model, loss, data)
+    dense = operator.to_dense()
+    sizes = {name: parameter.numel() for name, parameter in operator.parameters.items()}
+    starts = dict(zip(sizes, torch.tensor([0, *sizes.values()]).cumsum(0).tolist(), strict=False))
+
+    def rows(name):
+        return torch.arange(starts[name], starts[name] + sizes[name])
+
+    chosen = torch.cat([rows("first.weight"), rows("last.weight")])
+    torch.testing.assert_close(operator.block("*t.weight").to_dense(), dense[chosen][:, chosen])
+    corner = hessian.submatrix(operator, rows="last.*", columns="norm.bias")
+    wanted = dense[torch.cat([rows("last.weight"), rows("last.bias")])][:, rows("norm.bias")]
+    torch.testing.assert_close(corner.to_dense(), wanted)
+    torch.testing.assert_close(corner.T.to_dense(), wanted.T)
+    blocks = hessian.block_diagonal(operator, ["first.*", "norm.*", "last.*"])
+    expected = torch.block_diag(*(operator.block(glob).to_dense() for glob in ("first.*", "norm.*", "last.*")))
+    torch.testing.assert_close(blocks.to_dense(), expected)
+    each = hessian.block_diagonal(operator)
+    torch.testing.assert_close(each.to_dense().diagonal(), dense.diagonal())
+    with pytest.raises(ValueError, match=r"'first\.bias' is in two blocks"):
+        hessian.block_diagonal(operator, ["first.*", "*.bias"])
+
+
+def test_preconditioned_by_adam():
+    model, data, loss = seeded(SmoothNet), classification(7, 4), nn.CrossEntropyLoss()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-6)
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss(model(data[0]), data[1]).backward()
+        optimizer.step()
+    operator = hessian.Hessian(model, loss, data)
+    diagonal = hessian.adam_preconditioner(optimizer, operator)
+    expected = [(optimizer.state[p]["exp_avg_sq"] / (1 - 0.99**3)).sqrt().add(1e-6).reshape(-1) for p in model.parameters()]
+    torch.testing.assert_close(diagonal, torch.cat(expected))
+    scaled = hessian.preconditioned(operator, diagonal)
+    dense = operator.to_dense() / diagonal.sqrt() / diagonal.sqrt()[:, None]
+    torch.testing.assert_close(scaled.to_dense(), dense)
+    with pytest.raises(ValueError, match="positive"):
+        hessian.preconditioned(operator, torch.zeros_like(diagonal))
+
+
+def test_inverses():
+    model, data, loss = seeded(SmoothNet), classification(7, 4), nn.CrossEntropyLoss()
+    operator = hessian.GaussNewton(model, loss, data)
+    dense = operator.to_dense()
+    inverse = torch.linalg.inv(dense + 0.1 * torch.eye(len(dense), dtype=torch.float64))
+    found = hessian.inverse(operator, damping=0.1, tol=1e-10)
+    torch.testing.assert_close(found.to_dense(), inverse, rtol=1e-7, atol=1e-8)
+    values, vectors = torch.linalg.eigh(dense)
+    low_rank = hessian.LowRankPlusShift(values[-9:], vectors[:, -9:], 0.03)
+    torch.testing.assert_close(
+        low_rank.inverse(damping=0.07).to_dense(),
+        torch.linalg.inv(low_rank.to_dense() + 0.07 * torch.eye(len(dense), dtype=torch.float64)),
+        rtol=1e-9,
+        atol=1e-10,
+    )
+    with pytest.raises(ValueError, match="not positive definite"):
+        hessian.inverse(hessian.Hessian(model, loss, data) - 100.0 * operator, damping=0.0).to_dense()
+
+
+def test_losses_that_have_no_gauss_newton_matrix():
+    model, data = seeded(SmoothNet), classification(7, 4)
+
+    def regularized(outputs, targets):
+        return F.cross_entropy(outputs, targets) + 0.1 * model.first.weight.square().sum()
+
+    with pytest.raises(ValueError, match=r"depends on 'first\.weight' other than through the outputs"):
+        hessian.GaussNewton(model, regularized, data).to_dense()
+    own = hessian.Objective(
+        model, lambda value, _: value, data, forward=lambda m, batch: F.cross_entropy(m(batch[0]), batch[1])
+    )
+    with pytest.raises(ValueError, match="the model computes its own loss"):
+        hessian.GaussNewton(own).to_dense()
+    assert relative_error(hessian.Hessian(own).to_dense(), hessian.Hessian(model, nn.CrossEntropyLoss(), data).to_dense()) == 0
+
+    def contrastive(outputs, targets):
+        return F.cross_entropy(outputs @ outputs.T, torch.arange(len(targets)))
+
+    with pytest.raises(ValueError, match="is not the mean"):
+        hessian.Fisher(model, contrastive, data).to_dense()
+
+
+def test_memory_is_checked_before_it_is_used(monkeypatch):
+    model, loss = seeded(ConvNet), nn.CrossEntropyLoss()
+    data = classification(400, 1, 16, 16)
+    operator = hessian.Hessian(model, loss, data)
+    vector = torch.ones(operator.shape[0], dtype=torch.float64)
+    monkeypatch.setattr("hessian.memory.available_bytes", lambda _: 20 * 2**20)
+    with pytest.raises(MemoryError, match=r"a batch of 400 examples needs about .* use micro_batch=(\d+)") as caught:
+        operator @ vector
+    fits = int(str(caught.value).split("micro_batch=")[1].split(",")[0])
+    assert 10 < fits < 400
+    small = hessian.Hessian(model, loss, data, micro_batch=fits) @ vector
+    monkeypatch.undo()
+    torch.testing.assert_close(small, operator @ vector, rtol=1e-10, atol=1e-12)
