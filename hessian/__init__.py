@@ -1,5 +1,6 @@
 """What is the curvature of this loss? Tasks, objectives, curvature operators, and what one asks of them."""
 
+from hessian.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from hessian.estimators.layers import layer_report
 from hessian.objective import Objective
 from hessian.operators.base import Dense, LinearOperator
@@ -8,13 +9,17 @@ from hessian.operators.fisher import Fisher
 from hessian.operators.gauss_newton import GaussNewton
 from hessian.operators.hessian import Hessian
 from hessian.operators.inverse import LowRankPlusShift, inverse
+from hessian.operators.kfac import EKFAC, KFAC
 from hessian.operators.preconditioned import adam_preconditioner, preconditioned
 from hessian.results import LayerReport, LayerRow
 from hessian.task import Task, load_task, load_weights
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "BlockDiagonal",
     "Dense",
+    "Eigenpairs",
     "Fisher",
     "GaussNewton",
     "Hessian",
@@ -33,4 +38,5 @@ __all__ = [
     "load_weights",
     "preconditioned",
     "submatrix",
+    "top_eigenpairs",
 ]

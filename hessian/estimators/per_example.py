@@ -24,7 +24,7 @@ def is_supported(use: WeightUse, parameter: nn.Parameter) -> bool:
     """Whether this file can read per-example gradients off this use of a parameter."""
     node = use.node
     if use.operation in ("Addmm", "Mm"):
-        inputs = _matrix_input(node)
+        inputs = matrix_input(node)
         if inputs is None or inputs.layout is not torch.strided:
             return False
     match use.operation:
@@ -48,42 +48,43 @@ def squared_gradient_norms(
     `num_examples`, example after example.
     """
     node, kind = use.node, use.operation
-    if kind == "NativeBatchNorm":
-        return torch.stack([_affine_norms(node, use.slot, gradient, num_examples) for gradient in gradients])
-    if use.slot == (2 if kind == "Convolution" else 0):  # a bias: its gradient is the sum over positions
-        return torch.stack([_bias_norms(kind, gradient, num_examples) for gradient in gradients])
+    if is_vector(use):
+        return torch.stack([vector_gradients(use, gradient, num_examples).double().square().sum(1) for gradient in gradients])
     if kind == "Convolution":
         return _convolution_norms(node, parameter, gradients, num_examples)
-    inputs = _matrix_input(node)
+    inputs = matrix_input(node)
     assert inputs is not None
     patches = inputs.unflatten(0, (num_examples, -1)).transpose(1, 2).unsqueeze(1)  # (N, 1, K, P)
     outputs = torch.stack([gradient.unflatten(0, (num_examples, -1)).transpose(1, 2) for gradient in gradients], 1)
     return _product_norms(patches, outputs.unsqueeze(1))
 
 
-def _matrix_input(node: Node) -> torch.Tensor | None:
-    """What a matrix product multiplies its weight by; None where it is not kept, because the weight needs no gradient."""
-    saved: torch.Tensor | None = (
-        node._saved_mat1 if operation(node) == "Addmm" else node._saved_self  # type: ignore[attr-defined]
-    )
-    return saved
+def is_vector(use: WeightUse) -> bool:
+    """Whether a supported use is that of a bias, or of a batch norm's scale or shift; of a weight otherwise."""
+    return use.operation == "NativeBatchNorm" or use.slot == (2 if use.operation == "Convolution" else 0)
 
 
-def _bias_norms(kind: str, gradient: torch.Tensor, num_examples: int) -> torch.Tensor:
-    if kind == "Convolution":
-        gradient = gradient.flatten(2).sum(2)
-    return gradient.unflatten(0, (num_examples, -1)).sum(1).double().square().sum(1)
+def vector_gradients(use: WeightUse, gradient: torch.Tensor, num_examples: int) -> torch.Tensor:
+    """Per-example gradients (num_examples, D) of a vector of D elements, from one gradient at the output of `use.node`.
 
-
-def _affine_norms(node: Node, slot: int, gradient: torch.Tensor, num_examples: int) -> torch.Tensor:
-    """Scale (slot 1) or shift (slot 2) of a batch norm that uses its running statistics."""
-    if slot == 1:
+    Those of a bias or shift are sums over positions. A batch norm must use its running statistics.
+    """
+    node = use.node
+    if use.operation == "NativeBatchNorm" and use.slot == 1:
         shape = (1, -1) + (1,) * (gradient.dim() - 2)
         mean, variance = node._saved_running_mean, node._saved_running_var  # type: ignore[attr-defined]
         deviation = (variance + node._saved_eps).sqrt()  # type: ignore[attr-defined]
         gradient = gradient * (node._saved_input - mean.view(shape)) / deviation.view(shape)  # type: ignore[attr-defined]
     summed = gradient.flatten(2).sum(2) if gradient.dim() > 2 else gradient
-    return summed.unflatten(0, (num_examples, -1)).sum(1).double().square().sum(1)
+    return summed.unflatten(0, (num_examples, -1)).sum(1)
+
+
+def matrix_input(node: Node) -> torch.Tensor | None:
+    """What a matrix product multiplies its weight by; None where it is not kept, because the weight needs no gradient."""
+    saved: torch.Tensor | None = (
+        node._saved_mat1 if operation(node) == "Addmm" else node._saved_self  # type: ignore[attr-defined]
+    )
+    return saved
 
 
 def _convolution_norms(node: Node, weight: nn.Parameter, gradients: Sequence[torch.Tensor], num_examples: int) -> torch.Tensor:
@@ -102,25 +103,25 @@ def _convolution_norms(node: Node, weight: nn.Parameter, gradients: Sequence[tor
         if transposed:  # the roles of input and output gradient are exchanged
             pieces = [
                 _product_norms(
-                    _by_example(_patches(gradient[rows], kernel, *settings, groups), repeats),
-                    _by_example(_positions(inputs[rows], groups), repeats).unsqueeze(2),
+                    by_example(unfold_patches(gradient[rows], kernel, *settings, groups), repeats),
+                    by_example(by_position(inputs[rows], groups), repeats).unsqueeze(2),
                 )
                 for gradient in gradients
             ]
             norms.append(torch.cat(pieces))
             continue
-        patches = _by_example(_patches(inputs[rows], kernel, *settings, groups), repeats)
-        outputs = [_by_example(_positions(gradient[rows], groups), repeats) for gradient in gradients]
+        patches = by_example(unfold_patches(inputs[rows], kernel, *settings, groups), repeats)
+        outputs = [by_example(by_position(gradient[rows], groups), repeats) for gradient in gradients]
         norms.append(_product_norms(patches, torch.stack(outputs, dim=2)))
     return torch.cat(norms, dim=1)
 
 
-def _positions(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+def by_position(tensor: torch.Tensor, groups: int) -> torch.Tensor:
     """(N, G * C, *spatial) as (N, G, C, P)."""
     return tensor.flatten(2).unflatten(1, (groups, -1))
 
 
-def _patches(
+def unfold_patches(
     inputs: torch.Tensor,
     kernel: tuple[int, ...],
     out: tuple[int, ...],
@@ -146,7 +147,7 @@ def _patches(
     return view.reshape(size, groups, channels * prod(kernel), prod(out))
 
 
-def _by_example(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
+def by_example(tensor: torch.Tensor, repeats: int) -> torch.Tensor:
     """(N * repeats, G, C, P) as (N, G, C, repeats * P)."""
     if repeats == 1:
         return tensor
