@@ -1,6 +1,5 @@
 """Answers: frozen, with their uncertainty, as tables and as JSON."""
 
-import html
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -8,6 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from hessian.files import write_atomically
+from hessian.tables import Table
 
 _FORMAT = "hessianware.layer-report"
 _VERSION = 1
@@ -19,7 +19,9 @@ class LayerRow:
 
     trace: of its diagonal Hessian block. trace_stderr: its standard error, 0.0 where exact. exact: whether the trace
     is free of sampling error. num_params: the tensor's size. converged: whether the standard error is within what was
-    asked for. reason: why the trace is not exact, else empty.
+    asked for. reason: why the trace is not exact, else empty. top_eigenvalue: the block's largest, with residual |H v -
+    lambda v|; None if they were not asked for. channel_traces: the trace's parts by the tensor's first dimension (output
+    channels), with their standard errors; None likewise.
     """
 
     trace: float
@@ -28,9 +30,13 @@ class LayerRow:
     num_params: int
     converged: bool = True
     reason: str = ""
+    top_eigenvalue: float | None = None
+    residual: float | None = None
+    channel_traces: list[float] | None = None
+    channel_stderrs: list[float] | None = None
 
 
-class LayerReport(Mapping[str, LayerRow]):
+class LayerReport(Table, Mapping[str, LayerRow]):
     """Curvature by parameter name; `num_matvecs` Hessian-vector products were spent on it."""
 
     def __init__(self, rows: Mapping[str, LayerRow], num_matvecs: int = 0) -> None:
@@ -72,19 +78,19 @@ class LayerReport(Mapping[str, LayerRow]):
         """Read what `save` wrote; ValueError for any other file."""
         return cls.from_json(Path(path).read_text(errors="replace"))
 
-    def __repr__(self) -> str:
-        width = max([len(name) for name in self], default=4)
-        lines = [f"{'name':{width}}  {'params':>9}  {'trace':>11}  {'std. error':>10}"]
-        for name, row in self.items():
-            error = "exact" if row.exact else f"{row.trace_stderr:.2g}"
-            lines.append(f"{name:{width}}  {row.num_params:>9,}  {row.trace:>11.4g}  {error:>10}")
-        return "\n".join(lines)
+    def header(self) -> list[str]:
+        shown = ["name", "parameters", "trace", "standard error"]
+        return [*shown, "top eigenvalue", "residual"] if self._has_eigenvalues else shown
 
-    def _repr_html_(self) -> str:
-        cells = [
-            f"<tr><td>{html.escape(name)}</td><td>{row.num_params:,}</td><td>{row.trace:.4g}</td>"
-            f"<td>{'exact' if row.exact else f'{row.trace_stderr:.2g}'}</td></tr>"
-            for name, row in self.items()
-        ]
-        head = "<tr><th>name</th><th>parameters</th><th>trace</th><th>standard error</th></tr>"
-        return f"<table><thead>{head}</thead><tbody>{''.join(cells)}</tbody></table>"
+    def cells(self) -> list[list[str]]:
+        return [self._cells(name, row) for name, row in self.items()]
+
+    def _cells(self, name: str, row: LayerRow) -> list[str]:
+        shown = [name, f"{row.num_params:,}", f"{row.trace:.4g}", "exact" if row.exact else f"{row.trace_stderr:.2g}"]
+        if self._has_eigenvalues:
+            shown += ["" if value is None else f"{value:.4g}" for value in (row.top_eigenvalue, row.residual)]
+        return shown
+
+    @property
+    def _has_eigenvalues(self) -> bool:
+        return any(row.top_eigenvalue is not None for row in self.values())

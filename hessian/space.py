@@ -39,7 +39,7 @@ class VectorSpace:
 
     def inner(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
         """The inner product of each row of `left` with the same row of `right`, (K,), summed in float64, on the CPU."""
-        rows = [(one * other).sum(dtype=torch.float64) for one, other in zip(left, right, strict=True)]
+        rows = [(one.double() * other.double()).sum() for one, other in zip(left, right, strict=True)]
         return self.reduce(torch.stack(rows).cpu())
 
     def norms(self, rows: torch.Tensor) -> torch.Tensor:

@@ -50,7 +50,7 @@ def test_curved_parameters_are_sampled_and_the_others_exact():
     expected = true_traces(model, loss, data, report)
     assert [name for name, row in report.items() if row.exact] == ["last.weight", "last.bias"]
     assert "Gelu is not linear" in report["norm.weight"].reason or "LayerNorm" in report["norm.weight"].reason
-    assert report.num_matvecs == 512
+    assert report.num_matvecs == 512 + 8  # eight with the Gauss-Newton matrix, which did not help
     for name, row in report.items():
         if row.exact:
             assert row.trace == pytest.approx(expected[name], rel=1e-9)
@@ -126,6 +126,63 @@ def test_traces_of_the_trained_network_equal_per_example_autograd(resnet20):
             expected += value.exp().item() * torch.stack([g.double().square().sum() for g in gradients]) / len(images)
     for name, value in zip(names, expected.tolist(), strict=True):
         assert report[name].trace == pytest.approx(value, rel=1e-4)
+
+
+class Fitted(SmoothNet):
+    """Logits far apart, so that targets which agree with them leave a small loss and a Hessian near the Gauss-Newton matrix."""
+
+    def forward(self, x):
+        return 25 * super().forward(x)
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_the_gauss_newton_matrix_takes_the_spread_away(many, monkeypatch):
+    if many:  # labels are drawn instead of one backward pass an output
+        monkeypatch.setattr("hessian.estimators.exact_trace.MAX_OUTPUTS", 2)
+    model, (inputs, _) = seeded(Fitted, 3), classification(40, 4)
+    targets = model(inputs).argmax(1)
+    loss, names = nn.CrossEntropyLoss(), ["first.weight", "first.bias"]
+    expected = true_traces(model, loss, (inputs, targets), names)
+    options = {"params": names, "rtol": 0.0, "max_probes": 64}
+    plain = hessian.layer_report(model, loss, (inputs, targets), **options, method="hutchinson", generator=seed(0))
+    smart = hessian.layer_report(model, loss, (inputs, targets), **options, generator=seed(0))
+    for name in names:
+        assert smart[name].trace_stderr < 0.6 * plain[name].trace_stderr
+    hits = 0
+    for number in range(40):
+        report = hessian.layer_report(model, loss, (inputs, targets), **options, generator=seed(number))
+        hits += sum(abs(report[name].trace - expected[name]) <= 1.96 * report[name].trace_stderr for name in names)
+    assert hits >= 0.87 * 80  # 95%, less three binomial deviations of 40 pairs
+
+
+def test_top_eigenvalues_equal_the_dense_blocks():
+    model, data, loss = seeded(ConvNet), classification(6, 1, 8, 8), nn.CrossEntropyLoss()
+    report = hessian.layer_report(model, loss, data, eigenvalues=True, generator=seed(0))
+    for name, row in report.items():
+        dense = torch.linalg.eigvalsh(hessian.Hessian(model, loss, data, name).to_dense())
+        assert row.top_eigenvalue == pytest.approx(float(dense[-1]), rel=1e-5, abs=1e-12), name
+        assert row.residual <= 1.01e-3 * float(dense.abs().max()), name
+    assert report.header()[-2:] == ["top eigenvalue", "residual"]
+
+
+@pytest.mark.parametrize("build", [ConvNet, SmoothNet])
+def test_channel_traces_add_up(build):
+    model, loss = seeded(build), nn.CrossEntropyLoss()
+    data = classification(6, *((1, 8, 8) if build is ConvNet else (4,)))
+    report = hessian.layer_report(model, loss, data, channels=True, rtol=0.0, max_probes=2048, generator=seed(0))
+    for name, row in report.items():
+        diagonal = hessian.Hessian(model, loss, data, name).to_dense().diagonal()
+        expected = diagonal.view(len(model.get_parameter(name)), -1).sum(1)
+        found, errors = (torch.tensor(part, dtype=torch.float64) for part in (row.channel_traces, row.channel_stderrs))
+        assert float(found.sum()) == pytest.approx(row.trace, rel=1e-9, abs=1e-12)
+        if row.exact:
+            torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+        else:
+            assert bool(((found - expected).abs() <= 4.5 * errors + 1e-9).all())
+
+
+def seed(number):
+    return torch.Generator().manual_seed(number)
 
 
 def test_unknown_method():

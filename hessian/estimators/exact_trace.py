@@ -14,10 +14,12 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge
+from tqdm.auto import tqdm
 
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.estimators.per_example import is_supported, squared_gradient_norms
 from hessian.objective import Objective
+from hessian.operators.base import NotExactError
 from hessian.output_curvature import OutputCurvatureError, output_curvature_factors
 from hessian.output_loss import loss_in_double
 from hessian.structure import WeightUse, certify, reachable_parameters
@@ -26,14 +28,37 @@ MAX_OUTPUTS = 64  # above, one backward for each output costs more than sampling
 _GRADIENT_BYTES = 512 * 2**20  # output gradients kept at a time
 
 
-class NotExactError(Exception):
-    """No parameter's trace is exact on this batch; the text says why."""
-
-
-def batch_traces(
-    objective: Objective, batch: object, parameters: Mapping[str, nn.Parameter]
+def exact_traces(
+    objective: Objective, parameters: Mapping[str, nn.Parameter], *, gauss_newton: bool = False, progress: bool = False
 ) -> tuple[dict[str, float], dict[str, str]]:
-    """Traces of the parameters' blocks for one batch's loss, and the reasons for those that have no exact one."""
+    """Traces of the parameters' diagonal blocks over the data set, and the reason for every parameter without an exact one.
+
+    Of the Hessian, which takes outputs that are piecewise linear in the parameter; or of the Gauss-Newton matrix, which does
+    not. Call it where the parameters require gradients, inside `Objective.undisturbed`.
+    """
+    traces = dict.fromkeys(parameters, 0.0)
+    reasons: dict[str, str] = {}
+    for batch, weight in tqdm(objective.weighted_batches(), desc="traces", unit="batch", disable=not progress):
+        left = {name: parameter for name, parameter in parameters.items() if name not in reasons}
+        try:
+            found, failed = _batch_traces(objective, batch, left, gauss_newton=gauss_newton)
+        except NotExactError as error:
+            return {}, dict.fromkeys(parameters, str(error))
+        for name, trace in found.items():
+            traces[name] += weight * trace
+        reasons |= failed
+        if len(reasons) == len(parameters):
+            break
+    return {name: trace for name, trace in traces.items() if name not in reasons}, reasons
+
+
+def _batch_traces(
+    objective: Objective, batch: object, parameters: Mapping[str, nn.Parameter], *, gauss_newton: bool
+) -> tuple[dict[str, float], dict[str, str]]:
+    """Traces of the parameters' blocks for one batch's loss, and the reasons for those that have no exact one.
+
+    NotExactError where there is none for any parameter.
+    """
     state = torch.get_rng_state()
     outputs = objective.outputs(batch)
     if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1:
@@ -57,7 +82,7 @@ def batch_traces(
             continue
         if certificate.absent:
             traces[name] = 0.0
-        elif certificate.use is None or certificate.reason:
+        elif certificate.use is None or (certificate.reason and not gauss_newton):
             reasons[name] = certificate.reason
         elif not is_supported(certificate.use, parameters[name]):
             reasons[name] = f"per-example gradients are not read off {certificate.use.operation}"

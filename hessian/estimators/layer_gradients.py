@@ -41,15 +41,26 @@ class LayerGradients:
 
 
 def layer_gradients(
-    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Kind, seed: int
+    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Kind, seed: int, *, draws: int = 1
 ) -> Iterator[LayerGradients]:
     """One pass over the data, batch by batch and as many cotangents (see `output_cotangents`) at a time as memory allows.
 
-    ValueError if a parameter's per-example gradients cannot be read, naming it and the reason.
+    `draws`: how often to draw cotangents for each batch, where they are drawn. ValueError if a parameter's per-example
+    gradients cannot be read, naming it and the reason.
     """
     generator = torch.Generator().manual_seed(seed)
     for batch, weight in objective.weighted_batches():
-        yield from _of_batch(objective, parameters, kind, batch, weight, generator)
+        yield from _of_batch(objective, parameters, kind, batch, weight, generator, draws)
+
+
+def unreadable(objective: Objective, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    """The parameters whose per-example gradients cannot be read off the first batch's graph, and why."""
+    batch, _ = next(iter(objective.weighted_batches()))
+    outputs = objective.outputs(batch)
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or not outputs.requires_grad:
+        return dict.fromkeys(parameters, "the model's output is not one tensor, examples first, that depends on it")
+    _, loss = loss_in_double(objective, outputs, batch)
+    return _uses(outputs, loss, parameters)[1]
 
 
 def _of_batch(
@@ -59,6 +70,7 @@ def _of_batch(
     batch: Any,
     weight: float,
     generator: torch.Generator,
+    draws: int,
 ) -> Iterator[LayerGradients]:
     outputs = objective.outputs(batch)
     if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1:
@@ -68,8 +80,11 @@ def _of_batch(
     if not len(outputs):
         return
     (leaf,), loss = loss_in_double(objective, outputs, batch)
-    uses = _readable_uses(outputs, loss, parameters)
-    cotangents = output_cotangents(kind, objective, batch, outputs, leaf, loss, generator)
+    uses, reasons = _uses(outputs, loss, parameters)
+    if reasons:
+        raise ValueError(_refusal(reasons, [name for name in parameters if name not in reasons]))
+    drawn = [output_cotangents(kind, objective, batch, outputs, leaf, loss, generator) for _ in range(draws)]
+    cotangents = drawn[0] if draws == 1 else torch.cat(drawn)
     if not uses or not len(cotangents):
         return
     counted = (cotangents.reshape(*cotangents.shape[:2], -1) != 0).any(2).any(0)
@@ -91,8 +106,10 @@ def _edges(uses: Mapping[str, WeightUse]) -> list[GradientEdge]:
     return [GradientEdge(node, 0) for node in dict.fromkeys(use.node for use in uses.values())]
 
 
-def _readable_uses(outputs: torch.Tensor, loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]) -> dict[str, WeightUse]:
-    """Where each parameter that the outputs depend on enters; ValueError if one's gradients cannot be read there."""
+def _uses(
+    outputs: torch.Tensor, loss: torch.Tensor, parameters: Mapping[str, nn.Parameter]
+) -> tuple[dict[str, WeightUse], dict[str, str]]:
+    """Where each parameter that the outputs depend on enters, and the reason for those whose gradients cannot be read there."""
     direct = set(reachable_parameters(loss, parameters))
     reasons: dict[str, str] = {}
     uses: dict[str, WeightUse] = {}
@@ -105,9 +122,7 @@ def _readable_uses(outputs: torch.Tensor, loss: torch.Tensor, parameters: Mappin
     if uses:
         mixing = mixing_nodes(outputs, _edges(uses))
         reasons |= {name: mixing[use.node] for name, use in uses.items() if use.node in mixing}
-    if reasons:
-        raise ValueError(_refusal(reasons, [name for name in parameters if name not in reasons]))
-    return uses
+    return {name: use for name, use in uses.items() if name not in reasons}, reasons
 
 
 def _why_unreadable(certificate: Certificate, parameter: nn.Parameter) -> str:

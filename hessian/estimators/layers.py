@@ -1,21 +1,22 @@
 """The curvature of every parameter tensor of a model."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from hessian.estimators.exact_trace import NotExactError, batch_traces
+from hessian.estimators.eigenpairs import top_eigenpairs
+from hessian.estimators.exact_diagonal import gauss_newton_diagonal
+from hessian.estimators.exact_trace import exact_traces
+from hessian.estimators.layer_sampling import sampled_rows
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection, requiring_grad, select_parameters
 from hessian.results import LayerReport, LayerRow
-
-_PROBES_AT_ONCE = 8
-_MIN_PROBES = 32  # a standard error of fewer is too noisy to stop by
 
 
 def layer_report(
@@ -24,18 +25,24 @@ def layer_report(
     data: Data | None = None,
     params: Selection = None,
     *,
+    eigenvalues: bool = False,
+    channels: bool = False,
     method: Literal["auto", "exact", "hutchinson"] = "auto",
     rtol: float = 0.05,
     max_probes: int = 256,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> LayerReport:
-    """Traces of the diagonal Hessian blocks, one for each selected parameter tensor.
+    r"""Traces of the diagonal Hessian blocks, one for each selected parameter tensor; with `eigenvalues`, their top ones too.
 
     `auto` computes a trace exactly where the autograd graph proves that the outputs are piecewise linear in the
-    parameter (see `hessian.structure`), and samples the others: Hutchinson's estimator with Rademacher probes, until
-    every standard error is at most `rtol` times its trace or `max_probes` products are spent. `exact` raises
-    ValueError, naming the first parameter that has no exact trace and why; `hutchinson` samples all.
+    parameter (see `hessian.structure`). The others are sampled by Rademacher probes z, until every standard error is at most
+    `rtol` times its trace or `max_probes` probes are spent: :math:`z_l \cdot (H z)_l`, or, where that spreads less for its
+    cost, the Gauss-Newton matrix's trace, exact or from drawn labels, plus :math:`z_l \cdot ((H - G) z)_l`. `exact` raises
+    ValueError, naming the first parameter that has no exact trace and why; `hutchinson` samples H for all.
+
+    `eigenvalues`: the largest eigenvalue of each block, to a residual of 1e-3 of it, by some ten products a block.
+    `channels`: the trace's parts for each index of the tensor's first dimension.
     """
     if method not in ("auto", "exact", "hutchinson"):
         raise ValueError(f"method {method!r} is none of 'auto', 'exact', 'hutchinson'")
@@ -43,66 +50,49 @@ def layer_report(
         raise ValueError(f"max_probes={max_probes} and rtol={rtol}: give at least 2 probes and a tolerance of at least 0")
     objective = as_objective(model, loss, data)
     parameters = select_parameters(objective.model, params)
-    with requiring_grad(parameters):
-        if method == "hutchinson":
-            traces: dict[str, float] = {}
-            reasons = dict.fromkeys(parameters, "sampling was asked for")
-        else:
-            with objective.undisturbed():
-                traces, reasons = _exact_traces(objective, parameters, progress)
-        if method == "exact" and reasons:
-            name, reason = next(iter(reasons.items()))
-            raise ValueError(f"the trace of {name!r} is not exact: {reason}; use method='auto' to sample it")
-        rows = {name: LayerRow(trace, 0.0, True, parameters[name].numel()) for name, trace in traces.items()}
-        num_matvecs = 0
-        if reasons:
-            sampled = Hessian(objective, params=list(reasons))
-            means, errors, num_matvecs = _hutchinson_by_parameter(sampled, rtol, max_probes, generator, progress)
-            for name, mean, error in zip(sampled.parameters, means.tolist(), errors.tolist(), strict=True):
-                converged = error <= rtol * abs(mean)
-                rows[name] = LayerRow(mean, error, False, parameters[name].numel(), converged, reasons[name])
+    if method == "hutchinson":
+        traces: dict[str, float] = {}
+        reasons = dict.fromkeys(parameters, "sampling was asked for")
+    else:
+        with requiring_grad(parameters), objective.undisturbed():
+            traces, reasons = exact_traces(objective, parameters, progress=progress)
+    if method == "exact" and reasons:
+        name, reason = next(iter(reasons.items()))
+        raise ValueError(f"the trace of {name!r} is not exact: {reason}; use method='auto' to sample it")
+    rows = {name: LayerRow(trace, 0.0, True, parameters[name].numel()) for name, trace in traces.items()}
+    if channels and traces:
+        rows |= _with_channels(objective, {name: parameters[name] for name in traces}, rows)
+    num_matvecs = 0
+    operator = Hessian(objective, params=list(parameters))
+    if reasons:
+        sampled, num_matvecs = sampled_rows(
+            operator.block(list(reasons)),
+            reasons,
+            rtol=rtol,
+            max_probes=max_probes,
+            with_gauss_newton=method == "auto",
+            channels=channels,
+            generator=generator,
+            progress=progress,
+        )
+        rows |= sampled
+    if eigenvalues:
+        for name in tqdm(rows, desc="top eigenvalues", unit="tensor", disable=not progress):
+            block = operator.block(name)
+            start = block.space.random(1, "normal", generator).T  # one start: copies of the largest do not matter here
+            pairs = top_eigenpairs(block, start=start)
+            num_matvecs += pairs.num_matvecs
+            rows[name] = replace(rows[name], top_eigenvalue=float(pairs.values[0]), residual=float(pairs.residuals[0]))
     return LayerReport({name: rows[name] for name in parameters}, num_matvecs)
 
 
-def _exact_traces(
-    objective: Objective, parameters: Mapping[str, nn.Parameter], progress: bool
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Traces over the data set, and for every parameter without an exact one the reason."""
-    traces = dict.fromkeys(parameters, 0.0)
-    reasons: dict[str, str] = {}
-    for batch, weight in tqdm(objective.weighted_batches(), desc="traces", unit="batch", disable=not progress):
-        try:
-            left = {name: parameter for name, parameter in parameters.items() if name not in reasons}
-            found, failed = batch_traces(objective, batch, left)
-        except NotExactError as error:
-            return {}, dict.fromkeys(parameters, str(error))
-        for name, trace in found.items():
-            traces[name] += weight * trace
-        reasons |= failed
-        if len(reasons) == len(parameters):
-            break
-    return {name: trace for name, trace in traces.items() if name not in reasons}, reasons
-
-
-def _hutchinson_by_parameter(
-    operator: Hessian, rtol: float, max_probes: int, generator: torch.Generator | None, progress: bool
-) -> tuple[torch.Tensor, torch.Tensor, int]:
-    r"""Means and standard errors over probes z of z_l . (H z)_l, an unbiased estimate of tr(H_ll) for each tensor l."""
-    sizes = [parameter.numel() for parameter in operator.parameters.values()]
-    samples: list[torch.Tensor] = []
-    means = errors = torch.zeros(len(sizes), dtype=torch.float64)
-    with tqdm(total=max_probes, desc="Hutchinson probes", unit="product", disable=not progress) as bar:
-        while len(samples) < max_probes:
-            count = min(_PROBES_AT_ONCE, max_probes - len(samples))
-            shape = (operator.shape[0], count)
-            probes = torch.randint(0, 2, shape, generator=generator).to(operator.device, operator.dtype) * 2 - 1
-            products = (probes * (operator @ probes)).double().cpu()
-            samples.extend(torch.stack([piece.sum(0) for piece in products.split(sizes)], dim=1))
-            bar.update(count)
-            means = torch.stack(samples).mean(0)
-            errors = torch.stack(samples).std(0) / len(samples) ** 0.5
-            if len(samples) >= min(_MIN_PROBES, max_probes) and bool((errors <= rtol * means.abs()).all()):
-                break
-    if not torch.isfinite(means).all():
-        raise ValueError("the curvature is not finite: the loss has no second derivative here, or overflows")
-    return means, errors, len(samples)
+def _with_channels(
+    objective: Objective, parameters: Mapping[str, nn.Parameter], rows: Mapping[str, LayerRow]
+) -> dict[str, LayerRow]:
+    """Exact rows with their traces divided among channels, from the Gauss-Newton diagonal, which is theirs."""
+    diagonal = gauss_newton_diagonal(objective, parameters)
+    parts = {name: tensor.double().reshape(len(tensor) if tensor.dim() else 1, -1).sum(1) for name, tensor in diagonal.items()}
+    return {
+        name: replace(rows[name], channel_traces=part.tolist(), channel_stderrs=[0.0] * len(part))
+        for name, part in parts.items()
+    }

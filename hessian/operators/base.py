@@ -12,6 +12,10 @@ from hessian.space import VectorSpace
 _DENSE_COLUMNS = 64  # columns of the identity multiplied at a time
 
 
+class NotExactError(Exception):
+    """What was asked for cannot be computed without sampling; the text says why."""
+
+
 class LinearOperator(ABC):
     """A real symmetric (P, P) matrix known by its products.
 
@@ -50,6 +54,14 @@ class LinearOperator(ABC):
     def rows(self, rows: torch.Tensor) -> torch.Tensor:
         """The product with vectors kept as rows: (K, P) to (K, P)."""
         return (self @ rows.T).T
+
+    def exact_trace(self) -> float:
+        """The trace, free of sampling error, where the operator's structure gives it away; NotExactError elsewhere."""
+        raise NotExactError("this operator knows no exact trace")
+
+    def exact_diagonal(self) -> torch.Tensor:
+        """The diagonal, (P,), free of sampling error, where the structure gives it away; NotExactError elsewhere."""
+        raise NotExactError("this operator knows no exact diagonal")
 
     @property
     def T(self) -> "LinearOperator":  # noqa: N802  # torch's name for it

@@ -21,6 +21,10 @@ Multiply = Callable[[Tensors], Tensors]  # from a direction to the product, both
 _NO_SECOND_DERIVATIVE = ("derivative for", "is not implemented", "once_differentiable", "not differentiable", "double backward")
 
 
+_SHORTEST_STEP = 10  # how many steps of a finite difference are tried, each a quarter of the last
+_AGREEMENT = 0.1  # in cube roots of epsilon, the relative error that central differences can reach at best
+
+
 class NoSecondDerivativeError(RuntimeError):
     """Part of the model can be differentiated only once; the text says which."""
 
@@ -85,9 +89,32 @@ class CurvatureOperator(LinearOperator):
             block._source = self._source
         return block
 
-    def _with(self, params: Selection) -> Self:
-        """The same matrix of other parameters."""
-        return type(self)(self.objective, params=params)
+    def gradient(self) -> torch.Tensor:
+        """The gradient of the data set's loss in the operator's parameters, (P,)."""
+        return self.loss_and_gradient()[1]
+
+    def loss_and_gradient(self) -> tuple[float, torch.Tensor]:
+        """The data set's loss and its gradient, (P,)."""
+        parameters = list(self.parameters.values())
+        gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        value = 0.0
+        with requiring_grad(self.parameters), self.objective.undisturbed():
+            for batch, weight in self.objective.weighted_batches():
+                loss = self.objective.batch_loss(self.objective.outputs(batch), batch)
+                value += weight * float(loss.detach())
+                if not loss.requires_grad:
+                    raise ValueError("the loss depends on no selected parameter: forward or loss detach it or use no_grad")
+                parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+                gradient.add_(flatten(parts), alpha=weight)
+        return value, gradient
+
+    def anew(self, objective: Objective | None = None) -> Self:
+        """The same matrix without what was kept of earlier products, of another objective if one is given."""
+        return self._with(list(self.parameters), objective)
+
+    def _with(self, params: Selection, objective: Objective | None = None) -> Self:
+        """The same kind of matrix, of other parameters or of another objective."""
+        return type(self)(objective or self.objective, params=params)
 
     def _matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         rows = vectors.T.contiguous()
@@ -173,6 +200,7 @@ class _Source:
         self._multiply: Multiply | None = None
         self._modes: list[bool] = []
         self._seen: list[torch.Tensor] = []
+        self._versions: list[int] = []
 
     def use_differences(self) -> None:
         self.differences, self._multiply = True, None
@@ -183,6 +211,7 @@ class _Source:
             return self._multiply
         self._multiply = None  # the old graph is freed before the new one is made
         self._modes, self._seen = modes, [tensor.detach().clone() for tensor in tensors]
+        self._versions = _versions(tensors)
         multiply = build()
         if self._holds(modes, tensors):  # a forward pass that changes buffers leaves a graph for one product only
             self._multiply = multiply
@@ -191,9 +220,13 @@ class _Source:
     def _holds(self, modes: list[bool], tensors: list[torch.Tensor]) -> bool:
         return (
             modes == self._modes
-            and len(tensors) == len(self._seen)
+            and _versions(tensors) == self._versions  # written to since, even if with the same values: autograd refuses
             and all(torch.equal(new, old) for new, old in zip(tensors, self._seen, strict=True))
         )
+
+
+def _versions(tensors: list[torch.Tensor]) -> list[int]:
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def central_difference(
@@ -202,31 +235,56 @@ def central_difference(
     r"""The derivative of `evaluate` in a direction of the parameters, by central differences.
 
     .. math:: \frac{f(\theta + h v) - f(\theta - h v)}{2 h}, \qquad
-              h = \epsilon^{1/3} \max(\|\theta\|, 1) / \|v\|
+              h = 4^{-k} \epsilon^{1/3} \max(\|\theta\|, 1) / \|v\|, \quad k = 0, 1, \dots
 
     with the precision's epsilon: the step in parameter space depends neither on the direction's length nor, relatively, on
-    the parameters' (Nocedal & Wright, section 8.1). The parameters come back bit by bit.
+    the parameters' (Nocedal & Wright, section 8.1). It is shortened until two results in a row agree, or until rounding lets
+    them part again; the one before that counts. The parameters come back bit by bit.
     """
     moved = {name: parameters[name] for name in directions}
     length = torch.stack([direction.double().norm() for direction in directions.values()]).norm()
-    size = torch.stack([parameter.detach().double().norm() for parameter in moved.values()]).norm()
     if length == 0:
         return [torch.zeros_like(tensor) for tensor in evaluate()]
-    dtype = next(iter(moved.values())).dtype
-    step = float(torch.finfo(dtype).eps ** (1 / 3) * size.clamp(min=1.0) / length)
+    size = torch.stack([parameter.detach().double().norm() for parameter in moved.values()]).norm()
+    root = torch.finfo(next(iter(moved.values())).dtype).eps ** (1 / 3)
+    step = float(root * size.clamp(min=1.0) / length)
     originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
-    results = []
+    best, least = [torch.zeros(())], float("inf")
+    previous: list[torch.Tensor] | None = None
     try:
-        for sign in (1.0, -1.0):
-            with torch.no_grad():
-                for name, parameter in moved.items():
-                    parameter.copy_(originals[name] + sign * step * directions[name])
-            results.append([tensor.detach() for tensor in evaluate()])
+        for _ in range(_SHORTEST_STEP):
+            found = _difference_at(step, evaluate, moved, originals, directions)
+            if previous is not None:
+                change = _relative_change(found, previous)
+                if change < least:
+                    best, least = found, change
+                if change <= _AGREEMENT * root or change > 2 * least:
+                    break
+            previous, step = found, step / 4
     finally:
         with torch.no_grad():
             for name, parameter in moved.items():
                 parameter.copy_(originals[name])
+    return best
+
+
+def _difference_at(
+    step: float, evaluate: Callable[[], list[torch.Tensor]], moved: Mapping[str, nn.Parameter], originals: Tensors, by: Tensors
+) -> list[torch.Tensor]:
+    results = []
+    for signed in (step, -step):
+        with torch.no_grad():
+            for name, parameter in moved.items():
+                parameter.copy_(originals[name] + signed * by[name])
+        results.append([tensor.detach() for tensor in evaluate()])
     return [(above - below) / (2 * step) for above, below in zip(*results, strict=True)]
+
+
+def _relative_change(found: list[torch.Tensor], previous: list[torch.Tensor]) -> float:
+    pairs = zip(found, previous, strict=True)
+    change = torch.stack([(new - old).double().norm() for new, old in pairs]).norm()
+    size = torch.stack([tensor.double().norm() for tensor in found]).norm()
+    return float(change / size) if size else 0.0
 
 
 def as_objective(

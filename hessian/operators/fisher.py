@@ -50,8 +50,8 @@ class Fisher(OuterProductOperator):
             _check_has_distribution(objective.loss)
             self._seed = int(torch.randint(2**62, (), generator=generator))
 
-    def _with(self, params: Selection) -> Self:
-        other = type(self)(self.objective, params=params)
+    def _with(self, params: Selection, objective: Objective | None = None) -> Self:
+        other = type(self)(objective or self.objective, params=params)
         other.kind, other._seed = self.kind, self._seed
         return other
 

@@ -7,8 +7,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessian.estimators.exact_diagonal import gauss_newton_diagonal
+from hessian.estimators.exact_trace import exact_traces
+from hessian.operators.base import NotExactError
 from hessian.operators.curvature import CurvatureOperator, Multiply, Tensors, central_difference, differentiable_twice
 from hessian.output_loss import differentiable, loss_in_double
+from hessian.parameters import flatten, requiring_grad
 from hessian.structure import reachable_parameters
 
 Inner = Callable[[list[torch.Tensor]], list[torch.Tensor]]  # A: from directions of the outputs to the same
@@ -78,6 +82,20 @@ class GaussNewton(OuterProductOperator):
     ValueError for a loss that reaches parameters other than through the outputs, or that the model computes itself: a
     Gauss-Newton matrix needs the loss as a function of the outputs.
     """
+
+    def exact_trace(self) -> float:
+        """The trace, where per-example gradients of every parameter can be read off the graph; else NotExactError."""
+        with requiring_grad(self.parameters), self.objective.undisturbed():
+            traces, reasons = exact_traces(self.objective, self.parameters, gauss_newton=True)
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            raise NotExactError(f"the trace of {name!r} is not exact: {reason}")
+        return sum(traces.values())
+
+    def exact_diagonal(self) -> torch.Tensor:
+        """The diagonal, (P,), under the same condition."""
+        diagonal = gauss_newton_diagonal(self.objective, self.parameters)
+        return flatten([diagonal[name] for name in self.parameters])
 
     def _inner(self, outputs: Any, batch: Any) -> Inner:
         leaves, loss = loss_in_double(self.objective, outputs, batch)

@@ -6,7 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessian.estimators.exact_diagonal import gauss_newton_diagonal
+from hessian.estimators.exact_trace import exact_traces
+from hessian.operators.base import NotExactError
 from hessian.operators.curvature import CurvatureOperator, Multiply, Tensors, central_difference, differentiable_twice
+from hessian.parameters import flatten, requiring_grad, unflatten
 
 
 class Hessian(CurvatureOperator):
@@ -18,6 +22,30 @@ class Hessian(CurvatureOperator):
     (Pearlmutter, 1994). `model` may be an Objective; loss and data are then None. See Objective for `data` and its
     weighting, `hessian.parameters` for `params`.
     """
+
+    def difference_product(self, vector: torch.Tensor) -> torch.Tensor:
+        """H v by central differences of the gradient, (P,): slower and coarser than `@`, and independent of it."""
+        directions = dict(zip(self.parameters, unflatten(vector, list(self.parameters.values())), strict=True))
+
+        def gradient() -> list[torch.Tensor]:
+            return [self.gradient()]
+
+        return central_difference(gradient, self.parameters, directions)[0]
+
+    def exact_trace(self) -> float:
+        """The trace, where the outputs are piecewise linear in every parameter (one at a time); else NotExactError."""
+        with requiring_grad(self.parameters), self.objective.undisturbed():
+            traces, reasons = exact_traces(self.objective, self.parameters)
+        if reasons:
+            name, reason = next(iter(reasons.items()))
+            raise NotExactError(f"the trace of {name!r} is not exact: {reason}")
+        return sum(traces.values())
+
+    def exact_diagonal(self) -> torch.Tensor:
+        """The diagonal, (P,), under the same condition; it is then that of the Gauss-Newton matrix."""
+        self.exact_trace()
+        diagonal = gauss_newton_diagonal(self.objective, self.parameters)
+        return flatten([diagonal[name] for name in self.parameters])
 
     def _differentiate(self, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Multiply:
         gradients = self._gradients(batch, parameters, create_graph=True)
