@@ -1,0 +1,221 @@
+"""python -m hessian TASK: the curvature of a task's loss, as a page, as JSON and as figures."""
+
+import json
+import logging
+import os
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TextIO, TypeVar
+
+import torch
+from matplotlib.figure import Figure
+
+import hessian
+from hessian import figures, landscape
+from hessian.files import write_atomically
+from hessian.objective import Objective, batches_of, count_examples, split_batch
+from hessian.report import Findings, render_html, summary
+from hessian.report_options import Options, Plan, ProductCost, parse
+from hessian.task import Task
+
+PICTURES = ("spectrum", "layers", "landscape_line", "landscape_contour", "convergence")
+_PLANE_EXAMPLES = 64
+_TIMED_EXAMPLES = (16, 64)
+_TIMED_ENOUGH = 0.25  # seconds of a product that need no second measurement
+
+_Result = TypeVar("_Result")
+logger = logging.getLogger(__name__)
+
+
+def analyse(options: Options) -> Findings:
+    """Everything that the report says of one task."""
+    options.check()
+    stages = _Stages(options.seed)
+    task = hessian.load_task(options.task, options.weights)
+    task.model.to(torch.device(options.device))
+    plan = stages.run("plan", lambda own: choose_plan(options, task, own))
+    logger.info("%s: %s", task.name, plan)
+
+    data = list(draw(options, task, plan.examples))
+    objective = Objective(task.model, task.loss, data)
+    operator = hessian.Hessian(objective)
+    shapes = {name: tuple(parameter.shape) for name, parameter in operator.parameters.items()}
+
+    verification = stages.run("verification", lambda own: hessian.verify(operator, generator=own))
+    loss, gradient = operator.loss_and_gradient()
+    top = stages.run(
+        "eigenvalues", lambda own: hessian.top_eigenpairs(operator, plan.eigenvalues, generator=own, progress=True)
+    )
+    spectrum = stages.run(
+        "density", lambda own: hessian.spectrum(operator, plan.probes, plan.steps, generator=own, progress=True)
+    )
+    trace = stages.run(
+        "trace", lambda own: hessian.trace(operator, max_matvecs=plan.layer_probes, generator=own, progress=True)
+    )
+    layers = stages.run(
+        "layers",
+        lambda own: hessian.layer_report(
+            objective, eigenvalues=plan.layer_eigenvalues, max_probes=plan.layer_probes, generator=own, progress=True
+        ),
+    )
+    line = plane = None
+    nearby = _first_examples(objective, _PLANE_EXAMPLES)
+    if options.landscape:
+        line = stages.run("line", lambda _: landscape.line(objective, direction=top.vectors[:, 0], progress=True))
+    if options.landscape and plan.eigenvalues >= 2:
+        size = plan.plane_points
+        plane = stages.run(
+            "plane", lambda _: landscape.plane(nearby, directions=top.vectors[:, :2], num_points=size, progress=True)
+        )
+    return Findings(
+        task=task.name,
+        options=options,
+        plan=plan,
+        method=operator.method,
+        dtype=str(operator.dtype).removeprefix("torch."),
+        shapes=shapes,
+        loss=loss,
+        gradient_norm=float(gradient.double().norm()),
+        verification=verification,
+        top=top,
+        spectrum=spectrum,
+        trace=trace,
+        layers=layers,
+        line=line,
+        plane=plane,
+        plane_examples=sum(count_examples(batch) for batch in nearby.data),
+        seconds=stages.seconds,
+    )
+
+
+def draw(options: Options, task: Task, examples: int) -> Any:
+    """Batches of `examples` training examples, chosen by the seed: one, unless a smaller size is asked for."""
+    own = torch.Generator().manual_seed(options.seed)
+    return batches_of(task.train, min(options.batch_size or examples, examples), size=examples, generator=own)
+
+
+def choose_plan(options: Options, task: Task, generator: torch.Generator) -> Plan:
+    """What the options ask for; where they leave a choice, what fits the time that a product takes."""
+    available = len(task.train)  # type: ignore[arg-type]  # load_task has seen its length
+    most = min(options.examples or available, available)
+    times: dict[int, float] = {}
+    for examples in (min(size, most) for size in _TIMED_EXAMPLES):
+        operator = hessian.Hessian(task.model, task.loss, list(draw(options, task, examples)))
+        if options.leaves_a_choice() and sum(times.values()) < _TIMED_ENOUGH:
+            times[examples] = _seconds_of_a_product(operator, generator)
+    cost = ProductCost.of(times) if times else None
+    return options.plan(available, operator.shape[0], len(operator.parameters), cost)
+
+
+def _seconds_of_a_product(operator: hessian.Hessian, generator: torch.Generator) -> float:
+    """The least of two, after one that builds the graph."""
+    vector = operator.space.random(1, "normal", generator)
+    operator.rows(vector)
+    times = []
+    for _ in range(2):
+        started = time.perf_counter()
+        operator.rows(vector)
+        times.append(time.perf_counter() - started)
+    return min(times)
+
+
+def _first_examples(objective: Objective, size: int) -> Objective:
+    """The same loss over the first examples of the first batch."""
+    batch = next(iter(objective.data))
+    return Objective(objective.model, objective.loss, [next(iter(split_batch(batch, size)))])
+
+
+class _Stages:
+    """Runs stages in a fixed order, each with random numbers of its own; `seconds` by stage."""
+
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
+        self.seconds: dict[str, float] = {}
+
+    def run(self, name: str, compute: Callable[[torch.Generator], _Result]) -> _Result:
+        logger.info("%s ...", name)
+        own = torch.Generator().manual_seed(self.seed + len(self.seconds) + 1)
+        started = time.perf_counter()
+        result = compute(own)
+        self.seconds[name] = time.perf_counter() - started
+        return result
+
+
+def draw_figures(findings: Findings) -> dict[str, Figure]:
+    """The figures that these findings have, by name, in the order of the page."""
+    drawn: dict[str, Figure | None] = {
+        "spectrum": figures.spectrum(findings.spectrum, findings.top, findings.outliers, findings.sigma),
+        "layers": figures.layers(findings.layers, findings.shapes),
+        "landscape_line": None if findings.line is None else figures.landscape_line(findings.line),
+        "landscape_contour": None if findings.plane is None else figures.landscape_contour(findings.plane),
+        "convergence": figures.convergence(findings.top, findings.probe_traces, findings.trace),
+    }
+    assert tuple(drawn) == PICTURES
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def write_outputs(folder: Path, findings: Findings, text: str) -> None:
+    """Figures and the page, then report.json (`text`); figures of an earlier run that this one has not are removed."""
+    pictures = draw_figures(findings)
+    page = render_html(findings, {name: figures.to_svg(figure) for name, figure in pictures.items()})
+    images = {name: figures.to_png(figure) for name, figure in pictures.items()}
+    (folder / "report.json").unlink(missing_ok=True)
+    for name in PICTURES:
+        if name in images:
+            write_atomically(folder / f"{name}.png", images[name])
+        else:
+            (folder / f"{name}.png").unlink(missing_ok=True)
+    write_atomically(folder / "report.html", page)
+    write_atomically(folder / "report.json", text)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Parse, run, report on standard output; the exit code."""
+    return run(parse(arguments), sys.stdout)
+
+
+def run(options: Options, stdout: TextIO) -> int:
+    """Do what `options` say and print the result to `stdout`; the exit code."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hessian").setLevel(logging.INFO)
+    logger.setLevel(logging.INFO)
+    try:
+        findings = analyse(options)
+        text = json.dumps(findings.to_dict(), indent=1, allow_nan=False) + "\n"
+        write_outputs(options.out, findings, text)
+    except KeyboardInterrupt as error:
+        return _fail(options, error, 1, "interrupted: nothing was written")
+    except (ValueError, TypeError, MemoryError, OSError, RuntimeError, ModuleNotFoundError) as error:
+        return _fail(options, error, 2, str(error))
+    except Exception as error:  # whatever else a user's network or data can raise: one line
+        return _fail(options, error, 1, f"{type(error).__name__}: {error} (--debug shows where)")
+    try:
+        stdout.write(text if options.json else summary(findings, options.out) + "\n")
+        stdout.flush()
+    except BrokenPipeError:  # the reader, such as `head`, has had enough; the results are written
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    return 0
+
+
+def _fail(options: Options, error: BaseException, code: int, message: str) -> int:
+    """Say in one line what went wrong."""
+    if options.debug:
+        traceback.print_exception(error)
+    print(f"error: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
+    return code
+
+
+def _reserve_stdout() -> TextIO:
+    """Standard output for results alone; whatever else prints, native libraries too, is sent to standard error."""
+    sys.stdout.flush()
+    reserved = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    return reserved
+
+
+if __name__ == "__main__":
+    parsed = parse()
+    sys.exit(run(parsed, _reserve_stdout()))

@@ -1,0 +1,203 @@
+"""The pictures of a curvature report, as matplotlib figures, SVG text and PNG bytes."""
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
+from scipy.special import stdtrit
+
+from hessian.estimators.eigenpairs import Eigenpairs
+from hessian.estimators.spectrum import Spectrum
+from hessian.estimators.trace import Trace
+from hessian.landscape import Line, Plane
+from hessian.results import LayerReport
+
+_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"  # told apart by every colour vision (Okabe, Ito)
+_WIDTH = 7.2  # inches
+_TOLERANCE = 1e-3  # of `top_eigenpairs`, relative to the largest eigenvalue
+_LABEL_GAP = 0.035  # of the axis, between labels that can be read
+
+
+def spectrum(result: Spectrum, top: Eigenpairs, outliers: Sequence[float], sigma: float) -> Figure:
+    """The density of eigenvalues, once over their values with the outliers marked, once over magnitudes."""
+    figure = Figure(figsize=(_WIDTH, 6.6), layout="constrained")
+    axes = figure.add_subplot(2, 1, 1)
+    result.density.plot(axes, sigma=sigma)
+    height = axes.get_ylim()[1]
+    axes.set_ylim(top=60 * height)
+    for value in top.values.tolist():
+        colour = _ORANGE if value in outliers else _GREY
+        axes.plot([value, value], [axes.get_ylim()[0], height], color=colour, linewidth=0.8, linestyle=":")
+    low, high = axes.get_xlim()
+    free_from = high
+    for number, value in enumerate(outliers, start=1):
+        if value <= free_from - _LABEL_GAP * (high - low) or number == 1:
+            axes.text(
+                value, 1.3 * height, f"{number}: {value:.3g}", rotation=90, ha="center", va="bottom", fontsize=8, color=_ORANGE
+            )
+            free_from = value
+    end = result.smallest.value
+    if end < free_from - _LABEL_GAP * (high - low):
+        axes.plot([end, end], [axes.get_ylim()[0], height], color=_GREEN, linewidth=1.0)
+        axes.text(end, 1.3 * height, f"{end:.2g}", rotation=90, ha="center", va="bottom", fontsize=8, color=_GREEN)
+    marks = [
+        axes.plot([], [], style, color=colour, label=label)[0]
+        for style, colour, label in (
+            (":", _ORANGE, "eigenvalue apart from the bulk"),
+            (":", _GREY, "other eigenvalue computed"),
+            ("-", _GREEN, "smallest eigenvalue"),
+        )
+    ]
+    axes.legend(handles=marks, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    magnitudes = figure.add_subplot(2, 1, 2)
+    result.density.plot(magnitudes, scale="log")
+    for one in (axes, magnitudes):
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def layers(report: LayerReport, shapes: Mapping[str, tuple[int, ...]]) -> Figure | None:
+    """Top eigenvalue and trace of every tensor of two or more dimensions, the first layer on top; None without such."""
+    names = [name for name in report if len(shapes[name]) >= 2]
+    if not names:
+        return None
+    rows = [report[name] for name in names]
+    panels = [("trace", [row.trace for row in rows], [1.96 * row.trace_stderr for row in rows], _BLUE)]
+    if all(row.top_eigenvalue is not None for row in rows):
+        values = [float(row.top_eigenvalue or 0) for row in rows]
+        panels.insert(0, ("largest eigenvalue", values, [float(row.residual or 0) for row in rows], _GREEN))
+    figure = Figure(figsize=(_WIDTH, 1.1 + 0.2 * len(names)), layout="constrained")
+    first = None
+    for position, (label, numbers, errors, colour) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), position + 1, sharey=first)
+        first = first or axes
+        _signed_bars(axes, np.array(numbers), np.array(errors), colour)
+        axes.set_xlabel(label, fontsize=9)
+        axes.tick_params(axis="x", labelsize=8)
+        axes.tick_params(axis="y", labelleft=position == 0, labelsize=7)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    return figure
+
+
+def landscape_line(line: Line) -> Figure:
+    """The loss along the top eigenvector, and its quadratic model."""
+    figure, axes = _figure(3.6)
+    line.plot(axes)
+    axes.set_xlabel("distance along the top eigenvector")
+    axes.grid(alpha=0.3)
+    return figure
+
+
+def landscape_contour(plane: Plane) -> Figure:
+    """The loss over the plane of the top two eigenvectors."""
+    figure = Figure(figsize=(_WIDTH, 6.0), layout="compressed")  # which knows of axes of a fixed aspect
+    axes = plane.plot(figure.add_subplot())
+    axes.set_xlabel("distance along the top eigenvector")
+    axes.set_ylabel("distance along the second eigenvector")
+    return figure
+
+
+def convergence(top: Eigenpairs, probe_traces: Sequence[float], trace: Trace) -> Figure:
+    """How well the results are known: eigenvalues' residuals, and the trace by more and more probes of the density."""
+    figure = Figure(figsize=(_WIDTH, 6.0), layout="constrained")
+    axes = figure.add_subplot(2, 1, 1)
+    scale = float(top.values.abs().max()) or 1.0
+    residuals = top.residuals.numpy() / scale
+    numbers = np.arange(1, len(residuals) + 1)
+    axes.plot(numbers, residuals, "o", color=_BLUE, markersize=5)
+    axes.vlines(numbers, min(residuals.min(), _TOLERANCE) / 3, residuals, color=_BLUE, linewidth=2)
+    axes.axhline(_TOLERANCE, color=_ORANGE, linestyle="--", label=f"tolerance {_TOLERANCE:g}")
+    axes.set_yscale("log")
+    axes.set_ylim(bottom=min(residuals.min(), _TOLERANCE) / 3)
+    axes.set_xticks(numbers[:: max(1, len(numbers) // 20)])
+    axes.set(xlabel="number of the eigenvalue, from the largest", ylabel="residual / largest eigenvalue")
+    axes.legend(fontsize=8, loc="center left")
+    below = figure.add_subplot(2, 1, 2)
+    _running_mean(below, np.array(probe_traces), trace)
+    for one in (axes, below):
+        one.grid(alpha=0.3)
+        one.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def _running_mean(axes: Any, samples: np.ndarray, trace: Trace) -> None:
+    """The mean of the first n samples with its 95% band by Student's t, beside the trace that the report states."""
+    counts = np.arange(1, len(samples) + 1)
+    means = samples.cumsum() / counts
+    axes.plot(counts, means, "o-", color=_BLUE, markersize=4, label="mean over the density's probes")
+    if len(samples) > 1:
+        errors = np.array([samples[:count].std(ddof=1) / count**0.5 * stdtrit(count - 1, 0.975) for count in counts[1:]])
+        axes.fill_between(
+            counts[1:], means[1:] - errors, means[1:] + errors, color=_BLUE, alpha=0.2, linewidth=0, label="95% band"
+        )
+    note = "exact" if trace.stderr == 0 else "95% interval shaded"
+    axes.axhline(trace.value, color=_ORANGE, linestyle="--", label=f"trace in this report ({note})")
+    if trace.stderr:
+        axes.axhspan(*trace.interval, color=_ORANGE, alpha=0.15, linewidth=0)
+    seen = np.array([*means, *trace.interval])
+    if len(samples) > 2:  # the band of two probes would hide all else
+        seen = np.concatenate([seen, means[2:] - errors[1:], means[2:] + errors[1:]])
+    margin = 0.1 * float(np.ptp(seen)) or 0.1 * abs(trace.value) or 1.0
+    axes.set_ylim(seen.min() - margin, seen.max() + margin)
+    axes.set_xticks(counts[:: max(1, len(counts) // 16)])
+    axes.set(xlabel="probes", ylabel="trace")
+    axes.legend(fontsize=8)
+
+
+def _signed_bars(axes: Any, values: np.ndarray, errors: np.ndarray, colour: str) -> None:
+    """Horizontal bars of magnitudes on a logarithmic axis; negative values are hatched, zeros are left out."""
+    magnitudes = np.abs(values)
+    rows = np.flatnonzero(magnitudes > 0)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not len(rows):
+        return
+    negative = values < 0
+    for chosen, style in (
+        (rows[~negative[rows]], {"color": colour}),
+        (rows[negative[rows]], {"color": "white", "hatch": "////"}),
+    ):
+        if len(chosen):
+            axes.barh(chosen, magnitudes[chosen], height=0.7, edgecolor=colour, linewidth=0.6, **style)
+    lower = np.minimum(errors, 0.99 * magnitudes)  # a logarithmic axis ends above 0
+    shown = rows[errors[rows] > 0.01 * magnitudes[rows]]
+    axes.errorbar(
+        magnitudes[shown], shown, xerr=[lower[shown], errors[shown]], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
+    )
+    axes.set_xscale("log")
+    low, high = np.log10(magnitudes[rows].min() / 2), np.log10((magnitudes + errors)[rows].max())
+    axes.set_xlim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades, so that there are ticks to read
+    axes.xaxis.set_minor_formatter(NullFormatter())
+    if negative.any():
+        axes.barh([0], [0], color="white", edgecolor=colour, hatch="////", label="negative")
+        axes.legend(fontsize=7)
+
+
+def _figure(height: float) -> tuple[Figure, Any]:
+    figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+    axes = figure.add_subplot()
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure, axes
+
+
+def to_svg(figure: Figure) -> str:
+    """The figure as an <svg> element with text as text, the same bytes for the same data."""
+    stream = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hessian", "font.family": "sans-serif"}):
+        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
+    text = stream.getvalue()
+    return text[text.index("<svg") :]
+
+
+def to_png(figure: Figure) -> bytes:
+    """The figure as a PNG file of 144 dots an inch."""
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png", dpi=144, facecolor="white", metadata={"Software": None})
+    return stream.getvalue()
