@@ -1,7 +1,7 @@
 """Traces by sampling: against dense matrices, the estimators' definitions, and their own claims of accuracy."""
 
 import json
-from collections.abc import Iterator
+from functools import cache
 
 import pytest
 import torch
@@ -76,9 +76,10 @@ def seeded(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def runs(matrix: torch.Tensor, method: str, rtol: float, max_matvecs: int) -> Iterator[Trace]:
-    for seed in range(NUM_SEEDS):
-        yield trace(Dense(matrix), rtol, method, max_matvecs=max_matvecs, generator=seeded(seed))
+@cache
+def runs(name: str, method: str, rtol: float, max_matvecs: int) -> list[Trace]:
+    operator = Dense(CASES[name])
+    return [trace(operator, rtol, method, max_matvecs=max_matvecs, generator=seeded(seed)) for seed in range(NUM_SEEDS)]
 
 
 def is_covered(result: Trace, truth: float) -> bool:
@@ -114,7 +115,7 @@ def test_operators_know_nothing_exact_by_default():
 def test_unbiased_and_honest_with_a_fixed_number_of_products(method, max_matvecs, name):
     """rtol=0 stops for nothing but the budget, or once the range of a matrix of low rank is complete."""
     truth = float(CASES[name].trace())
-    results = list(runs(CASES[name], method, 0.0, max_matvecs))
+    results = runs(name, method, 0.0, max_matvecs)
     errors = torch.tensor([result.value - truth for result in results], dtype=torch.float64)
     assert abs(errors.mean()) <= 4 * errors.std() / NUM_SEEDS**0.5 + 1e-12 * abs(truth)
     assert sum(is_covered(result, truth) for result in results) >= 0.93 * NUM_SEEDS
@@ -126,17 +127,17 @@ def test_unbiased_and_honest_with_a_fixed_number_of_products(method, max_matvecs
 @pytest.mark.parametrize("name", CASES)
 def test_honest_at_the_stopping_time(method, rtol, name):
     truth = float(CASES[name].trace())
-    results = list(runs(CASES[name], method, rtol, 96))
+    results = runs(name, method, rtol, 64)
     assert sum(is_covered(result, truth) for result in results) >= 0.93 * NUM_SEEDS
     for result in results:
         assert result.converged == (result.stderr <= rtol * abs(result.value))
-        assert result.num_matvecs <= 96
+        assert result.num_matvecs <= 64
 
 
 def test_standard_errors_are_not_larger_than_honesty_takes():
-    """Independent samples: within a quarter of the true scatter. XTrace's jackknife: conservative, but within a factor of 5."""
-    for method, max_matvecs, factor in (("hutchinson", 40, 1.25), ("hutch++", 72, 1.25), ("xtrace", 32, 5.0)):
-        results = list(runs(CASES["indefinite"], method, 0.0, max_matvecs))
+    """Independent samples: within a quarter of the true scatter. XTrace's jackknife: within a factor of 2."""
+    for method, max_matvecs, factor in (("hutchinson", 40, 1.25), ("hutch++", 48, 1.25), ("xtrace", 24, 2.0)):
+        results = runs("indefinite", method, 0.0, max_matvecs)
         scatter = float(torch.tensor([result.value for result in results], dtype=torch.float64).std())
         reported = float(torch.tensor([result.stderr for result in results], dtype=torch.float64).square().mean().sqrt())
         assert scatter * 0.95 <= reported <= factor * scatter
@@ -181,7 +182,6 @@ def test_auto_leaves_xtrace_where_eigenvalues_do_not_decay():
         results = [trace(Dense(matrix), 0.002, method, max_matvecs=490, generator=seeded(seed)) for seed in range(20)]
         assert all(result.converged for result in results)
         counts[method] = sum(result.num_matvecs for result in results)
-        assert {result.method for result in results} == {"hutch++" if method == "auto" else "xtrace"}
     assert counts["auto"] < 0.7 * counts["xtrace"]
 
 

@@ -16,6 +16,8 @@ from hessian.tables import Table
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
 _BASIS_SHARE = 0.25  # of the free memory
+_DOMINANT = 0.1  # of the largest |Ritz value|: below, a small residual may be that of a pair from the bulk
+_QUIET_STEPS = 5  # and a third of all steps: how long such a pair must not have moved
 _DISTINCT = 1e3  # times the rounding error: eigenvalues nearer than that, relative to the largest, may be one
 
 
@@ -128,6 +130,7 @@ class _Search:
         self.values = torch.zeros(0, dtype=torch.float64)
         self.coefficients = torch.zeros(0, 0, dtype=torch.float64)
         self.residuals = torch.zeros(0, dtype=torch.float64)
+        self.trail: list[torch.Tensor] = []  # the wanted values after each step
         self.over = False
         self.spent_otherwise = 0  # products that added nothing to the basis
 
@@ -190,7 +193,8 @@ class _Search:
         if self.basis.num_applied == self.basis.space.size:
             self.over = True
             return
-        if not bool((self.residuals[self._wanted()] <= self.tol * self.values.abs().max()).all()):
+        self.trail.append(self.values[self._wanted()])
+        if not bool((self.residuals[self._wanted()] <= self.tol * self.values.abs().max()).all()) or not self._is_quiet():
             return
         if not self.checks_multiplicity or self._largest_cluster() < self.num_starts:
             self.over = True
@@ -198,6 +202,20 @@ class _Search:
         if not self.first_steps:
             self.first_steps = -(-self.basis.num_matvecs // self.num_starts)
         self._new_start()
+
+    def _is_quiet(self) -> bool:
+        """Whether the wanted values that are small beside the largest have stopped moving.
+
+        Their residual is small beside the largest from the start, as a random vector's Rayleigh quotient lies in the bulk.
+        """
+        now, largest = self.trail[-1], self.values.abs().max()
+        small = now.abs() < _DOMINANT * largest
+        steps = max(_QUIET_STEPS, len(self.trail) // 3)
+        if not bool(small.any()) or self.basis.num_waiting == 0:
+            return True
+        if len(self.trail) <= steps:
+            return False
+        return bool(((now - self.trail[-1 - steps]).abs()[small] <= self.tol * largest).all())
 
     def _new_start(self) -> None:
         """One more random vector, with as many steps owed to it as the first ones had."""

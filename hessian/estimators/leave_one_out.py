@@ -15,6 +15,8 @@ from hessian.space import VectorSpace
 
 _LOST = 20.0  # what is left of a product counts as rounding below this many times epsilon, relative to the product
 
+_PARALLEL = 1e-12  # squared sine of an angle below which rounding decides on it
+
 
 class RangeBasis:
     """Orthonormal rows Q that span all vectors given to `extend`, in blocks of a few."""
@@ -87,6 +89,13 @@ def left_out(triangle: torch.Tensor) -> torch.Tensor:
     return directions / directions.norm(dim=0)
 
 
+def pair_weights(directions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of unit columns (k, m) the cosines c (m, m) of their angles, and 1 / (1 - c^2), 0 on the diagonal."""
+    cosines = directions.T @ directions
+    apart = 1 - torch.eye(len(cosines), dtype=cosines.dtype)
+    return cosines, apart / (1 - cosines.square()).clamp_min(_PARALLEL)
+
+
 class Probed(NamedTuple):
     """What is known of m probes omega beside a basis Q, float64 on the CPU.
 
@@ -152,25 +161,25 @@ class TraceSketch:
             images = self.products.rows(probes)
             self.keep(probes, images, self.widen(images))
 
-    def samples(self, probed: Probed, lost: torch.Tensor | None = None, struck: torch.Tensor | None = None) -> torch.Tensor:
-        r"""A sample of the trace for each probe, (m,), by the basis without `struck` (rank,) and without `lost` (rank, m).
+    def samples(self, probed: Probed, lost: torch.Tensor | None = None) -> torch.Tensor:
+        r"""A sample of the trace for each probe, (m,), by the basis without column i of `lost` (rank, m) for probe i.
 
         .. math:: t = \mathrm{tr}\, Q^\top A Q + \frac{P - \mathrm{rank}}{\|\mu\|^2} \mu^\top A \mu, \qquad
             \mu = (I - Q Q^\top)\, \omega
 
-        where Q lacks the unit vector `struck` for every probe, and column i of `lost` for probe i; zeros are no loss.
         mu is uniform in direction if omega is, so that t is unbiased for any Q that is independent of omega.
         """
         H, W = self.projection, probed.coordinates
-        rank, count = W.shape
-        lost = torch.zeros(rank, count, dtype=torch.float64) if lost is None else lost
-        struck = torch.zeros(rank, dtype=torch.float64) if struck is None else struck
-        inside = H.trace() - struck @ H @ struck - (lost * (H @ lost)).sum(0)
-        outside = self.space.size - rank + struck @ struck + (lost * lost).sum(0)  # dimensions
-        X = W - torch.outer(struck, struck @ W) - lost * (lost * W).sum(0)
+        lost = torch.zeros_like(W) if lost is None else lost
+        X = W - lost * (lost * W).sum(0)
+        inside = H.trace() - (lost * (H @ lost)).sum(0)
         rest = probed.raw - 2 * (X * probed.images).sum(0) + (X * (H @ X)).sum(0)
-        room = (probed.squares - (X * X).sum(0)).clamp_min(torch.finfo(torch.float64).tiny)
-        return inside + torch.where(outside > 0.5, outside * rest / room, 0.0)
+        return self._sample(inside, (lost * lost).sum(0), rest, probed.squares - (X * X).sum(0))
+
+    def _sample(self, inside: torch.Tensor, lost: torch.Tensor, rest: torch.Tensor, room: torch.Tensor) -> torch.Tensor:
+        """From the trace inside, the number of directions lost, mu . A mu and |mu|^2."""
+        outside = self.space.size - self.basis.rank + lost
+        return inside + torch.where(outside > 0.5, outside * rest / room.clamp_min(torch.finfo(torch.float64).tiny), 0.0)
 
     def fresh_samples(self, count: int, generator: torch.Generator | None) -> torch.Tensor:
         """Independent samples of the trace, (count,), by probes that are not kept: one product each."""
@@ -202,21 +211,31 @@ class TraceSketch:
         Stein 1981, The jackknife estimate of variance). It is conservative, on decaying spectra by a factor of 2 to 4 in
         stderr, which the next doubling makes up for. Student's t with m - 1 degrees comes on top.
         """
-        count, lost = self.num_probes, left_out(self.probed.images)
-        value = self.samples(self.probed, lost).mean()
-        replicates = []
-        for index in range(count):
-            struck = lost[:, index]
-            samples = self.samples(self.probed, _outside(lost, struck), struck)
-            replicates.append((samples.sum() - samples[index]) / (count - 1))
-        spread = torch.stack(replicates).var(correction=0) * count
-        stderr = student_factor(count - 1) * float(spread.sqrt())
+        count = self.num_probes
+        value = self.left_out_samples().mean()
+        pairs = self._left_out_pairs()
+        replicates = (pairs.sum(1) - pairs.diagonal()) / (count - 1)
+        stderr = student_factor(count - 1) * float((replicates.var(correction=0) * count).sqrt())
         return float(value), hypot(stderr, self.rounding(self.probed.raw))
 
+    def _left_out_pairs(self) -> torch.Tensor:
+        r"""For probes i and j the sample of j by the basis without both, (m, m); the diagonal means nothing.
 
-def _outside(directions: torch.Tensor, struck: torch.Tensor) -> torch.Tensor:
-    """Unit columns orthogonal to `struck` that span with it what `directions` (rank, m) span with it; zero if nothing."""
-    rest = directions - torch.outer(struck, struck @ directions)
-    rest -= torch.outer(struck, struck @ rest)
-    lengths = rest.norm(dim=0)
-    return torch.where(lengths > 0, rest / lengths, 0.0)
+        The basis then lacks s_i and what s_j has outside it, (s_j - c s_i) sqrt(a), where c = s_i . s_j and a = 1 / (1 - c^2).
+        With w = Q^T omega_j, the coordinates of omega_j in what remains are
+
+        .. math:: x = w - \alpha s_i - \beta s_j, \qquad \beta = a\, (s_j \cdot w - c\, s_i \cdot w), \qquad
+            \alpha = s_i \cdot w - c\, \beta .
+        """
+        W, H, S = self.probed.coordinates, self.projection, left_out(self.probed.images)
+        c, a = pair_weights(S)
+        h, b, f = S.T @ H @ S, S.T @ W, S.T @ H @ W
+        struck, own = h.diagonal()[:, None], h.diagonal()
+        beta = a * (b.diagonal() - c * b)
+        alpha = b - c * beta
+        inside = H.trace() - struck - a * (own - 2 * c * h + c * c * struck)
+        along = (W * self.probed.images).sum(0) - beta * (S * self.probed.images).sum(0)  # x . Q^T A omega_j
+        curved = (W * (H @ W)).sum(0) - 2 * (alpha * f + beta * f.diagonal())
+        curved += alpha**2 * struck + 2 * alpha * beta * h + beta**2 * own  # x . Q^T A Q x
+        room = self.probed.squares - (W * W).sum(0) + b**2 + beta * (b.diagonal() - c * b)
+        return self._sample(inside, 2 * (S * S).sum(0), self.probed.raw - 2 * along + curved, room)

@@ -1,7 +1,7 @@
 """What estimators by random probes share: counted products, when to look at the error, and standard errors that hold."""
 
 from collections.abc import Iterator, Sequence
-from math import inf, isnan, log2, sqrt
+from math import sqrt
 
 import torch
 from scipy.special import ndtri, stdtrit
@@ -13,10 +13,8 @@ from hessian.space import VectorSpace
 
 NORMAL_QUANTILE = float(ndtri(0.975))  # 1.96: an estimate +- this many standard errors is a 95% interval
 NOT_FINITE = "the curvature is not finite: the loss has no second derivative here, or overflows"
-FINEST = 1e-6  # relative tolerance to plan for where a finer one is asked for
 VECTORS_AT_ONCE = 8  # one pass over the data serves so many
 _FEW = 32  # products that are no reason to sample
-_SLOWEST = 0.125  # power of the number of products by which an error falls, below which there is no planning by it
 _MOST_BYTES = 4 * 2**30  # of vectors kept unasked
 
 
@@ -87,7 +85,8 @@ def identity_is_due(products: Products, method: str, first: int, reason: str) ->
     if products.can_multiply_identity() and (method == "exact" or space.size <= max(first, _FEW if method == "auto" else 0)):
         return True
     if limit < first:
-        raise ValueError(f"max_matvecs={limit}: method {method!r} takes at least {first} products to know its own error")
+        least = min(first, space.size)
+        raise ValueError(f"max_matvecs={limit}: method {method!r} takes at least {least} products to know its own error")
     return False
 
 
@@ -108,17 +107,6 @@ def looks(first: int, last: int) -> Iterator[int]:
         yield count
         count *= 2
     yield last
-
-
-def products_to_go(num_matvecs: int, before: float, error: float, goal: float) -> float:
-    """How many products more bring the error down to the goal, if it falls on as it did while their number doubled.
-
-    inf where it hardly fell. Where it is not known `before`, NaN, another doubling is all that one can tell.
-    """
-    if isnan(before):
-        return float(num_matvecs)
-    rate = log2(before / error)
-    return num_matvecs * ((error / goal) ** (1 / rate) - 1) if rate > _SLOWEST else inf
 
 
 def student_factor(degrees: int) -> float:

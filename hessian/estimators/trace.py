@@ -1,7 +1,7 @@
 """The trace of a matrix known by its products, with an honest standard error."""
 
 from dataclasses import asdict, dataclass, replace
-from math import hypot, isfinite, nan
+from math import hypot, inf, isfinite
 from typing import Any, Literal, get_args
 
 import torch
@@ -9,7 +9,6 @@ from tqdm.auto import tqdm
 
 from hessian.estimators.leave_one_out import TraceSketch
 from hessian.estimators.sampling import (
-    FINEST,
     NORMAL_QUANTILE,
     NOT_FINITE,
     Products,
@@ -18,10 +17,8 @@ from hessian.estimators.sampling import (
     check_request,
     identity_is_due,
     looks,
-    products_to_go,
     rounding_error,
     standard_error,
-    student_factor,
 )
 from hessian.operators.base import LinearOperator, NotExactError
 
@@ -183,40 +180,38 @@ def _auto(products: Products, rtol: float, generator: torch.Generator | None) ->
     sketch = TraceSketch(products)
     first = _FIRST_PRODUCTS["auto"] // 2
     most = max(first, min(products.limit // 2, _MAX_PROBES, affordable_vectors(products.space) // 2))
-    before = nan
+    variance = inf
     for target in looks(first, most):
         sketch.grow(target, generator)
         result = _sampled(products, rtol, "xtrace", *sketch.xtrace())
         if _is_settled(result, rtol) or sketch.is_complete:
             return result
-        error = result.stderr / student_factor(target - 1)
-        goal = max(rtol, FINEST) * (abs(result.value) or error)
-        grown = products_to_go(2 * target, before, error, goal)
-        beside = float(sketch.left_out_samples().var()) / goal**2
-        if products.can_multiply_identity() and min(grown, beside) >= products.space.size:
-            return _by_identity(products)
-        if beside < grown:
+        # without any basis at first: the variances of 8 samples are too uncertain for a stricter comparison
+        bound = float(sketch.probed.raw.var()) if target == first else variance / 2
+        variance = float(sketch.left_out_samples().var())
+        if variance > bound or 2 * target >= products.space.size:
             break
-        before = error
-    return _what_is_left(sketch, result, rtol, generator)
+    return _what_is_left(sketch, result, variance, rtol, generator)
 
 
-def _what_is_left(sketch: TraceSketch, kept: Trace, rtol: float, generator: torch.Generator | None) -> Trace:
+def _what_is_left(sketch: TraceSketch, kept: Trace, variance: float, rtol: float, generator: torch.Generator | None) -> Trace:
     """Fresh probes beside a basis that stays, or the identity once sampling would take more products than that.
 
-    `kept` is the trace by the basis and its own probes.
+    `kept` is the trace by the basis and its own probes, `variance` that of a sample.
     """
     products, result = sketch.products, kept
     samples = torch.zeros(0, dtype=torch.float64)
     if products.left < _FIRST_RESIDUALS:
         return kept
     for target in looks(_FIRST_RESIDUALS, products.left):
+        tolerance = rtol * abs(result.value)
+        needed = variance / tolerance**2 - len(samples) if tolerance else inf
+        if products.can_multiply_identity() and needed >= products.space.size:
+            return _by_identity(products)
         for count in blocks(target - len(samples)):
             samples = torch.cat([samples, sketch.fresh_samples(count, generator)])
         result = _sampled(products, rtol, "hutch++", *sketch.mean(samples))
         if _is_settled(result, rtol):
             return result
-        goal = max(rtol, FINEST) * (abs(result.value) or result.stderr)
-        if products.can_multiply_identity() and target * ((result.stderr / goal) ** 2 - 1) >= products.space.size:
-            return _by_identity(products)
+        variance = float(samples.var())
     return result if result.stderr < kept.stderr else replace(kept, num_matvecs=products.count)
