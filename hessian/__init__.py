@@ -2,6 +2,7 @@
 
 from hessian.estimators.activations import activation_report
 from hessian.estimators.density import SpectralDensity, spectral_density
+from hessian.estimators.diagonal import Diagonal, diagonal
 from hessian.estimators.eigenpairs import Eigenpairs, top_eigenpairs
 from hessian.estimators.layers import layer_report
 from hessian.estimators.spectrum import Spectrum, spectrum
@@ -27,6 +28,7 @@ __all__ = [
     "BlockDiagonal",
     "Check",
     "Dense",
+    "Diagonal",
     "Eigenpairs",
     "Fisher",
     "GaussNewton",
@@ -48,6 +50,7 @@ __all__ = [
     "activation_report",
     "adam_preconditioner",
     "block_diagonal",
+    "diagonal",
     "inverse",
     "layer_report",
     "load_task",

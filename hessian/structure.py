@@ -127,10 +127,16 @@ def reachable_parameters(result: torch.Tensor, parameters: Mapping[str, nn.Param
 
 def missing_derivative(results: Sequence[torch.Tensor]) -> str:
     """What in the graph of `results` has no derivative (so that autograd would take it for a constant); empty if nothing."""
-    for result in results:
-        for node in _inputs_first(result.grad_fn):
-            if operation(node) in ("Error", "NotImplemented"):
-                return "a function that can be differentiated only once"
+    seen: set[Node] = set()
+    waiting = [result.grad_fn for result in results if result.grad_fn is not None]
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node.name().endswith(("::Error", "::NotImplemented")):
+            return "a function that can be differentiated only once"
+        waiting += [source for source, _ in node.next_functions if source is not None]
     return ""
 
 

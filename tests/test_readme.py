@@ -10,7 +10,7 @@ from hawq.quantize import main
 
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text()
-OWN_TASK, FROM_PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+OWN_TASK, FROM_PYTHON, CURVATURE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 
 
 def test_the_readers_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -33,6 +33,16 @@ def test_the_python_example(resnet20, tmp_path: Path, monkeypatch: pytest.Monkey
     assert callable(small)
     assert callable(same)
     assert bool((small(images) == same(images)).all())
+
+
+def test_the_curvature_example(resnet20):
+    names: dict[str, object] = {"__name__": "example"}
+    exec(CURVATURE, names)
+    pairs, trace, layers = names["pairs"], names["trace"], names["layers"]
+    assert bool(pairs.converged.all())
+    assert trace.stderr == 0
+    assert trace.value == pytest.approx(sum(row.trace for row in layers.values()), rel=1e-6)
+    assert len(layers) == len(list(resnet20.model.parameters()))
 
 
 def test_the_table_is_the_benchmarks():

