@@ -12,6 +12,7 @@ from typing import Any, TextIO, TypeVar
 
 import torch
 from matplotlib.figure import Figure
+from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
 from hessian import figures, landscape
@@ -23,8 +24,7 @@ from hessian.task import Task
 
 PICTURES = ("spectrum", "layers", "landscape_line", "landscape_contour", "convergence")
 _PLANE_EXAMPLES = 64
-_TIMED_EXAMPLES = (16, 64)
-_TIMED_ENOUGH = 0.25  # seconds of a product that need no second measurement
+_COUNTED_EXAMPLES = 2  # whose gradient's operations are counted
 
 _Result = TypeVar("_Result")
 logger = logging.getLogger(__name__)
@@ -36,7 +36,7 @@ def analyse(options: Options) -> Findings:
     stages = _Stages(options.seed)
     task = hessian.load_task(options.task, options.weights)
     task.model.to(torch.device(options.device))
-    plan = stages.run("plan", lambda own: choose_plan(options, task, own))
+    plan = stages.run("plan", lambda _: choose_plan(options, task))
     logger.info("%s: %s", task.name, plan)
 
     data = list(draw(options, task, plan.examples))
@@ -97,29 +97,17 @@ def draw(options: Options, task: Task, examples: int) -> Any:
     return batches_of(task.train, min(options.batch_size or examples, examples), size=examples, generator=own)
 
 
-def choose_plan(options: Options, task: Task, generator: torch.Generator) -> Plan:
-    """What the options ask for; where they leave a choice, what fits the time that a product takes."""
+def choose_plan(options: Options, task: Task) -> Plan:
+    """What the options ask for; where they leave a choice, what fits the time that products are expected to take."""
     available = len(task.train)  # type: ignore[arg-type]  # load_task has seen its length
-    most = min(options.examples or available, available)
-    times: dict[int, float] = {}
-    for examples in (min(size, most) for size in _TIMED_EXAMPLES):
-        operator = hessian.Hessian(task.model, task.loss, list(draw(options, task, examples)))
-        if options.leaves_a_choice() and sum(times.values()) < _TIMED_ENOUGH:
-            times[examples] = _seconds_of_a_product(operator, generator)
-    cost = ProductCost.of(times) if times else None
+    counted = min(_COUNTED_EXAMPLES, available)
+    operator = hessian.Hessian(task.model, task.loss, list(draw(options, task, counted)))
+    cost = None
+    if options.leaves_a_choice():
+        with FlopCounterMode(display=False) as counter:
+            operator.loss_and_gradient()
+        cost = ProductCost.of(counter.get_total_flops() / counted, options.device)
     return options.plan(available, operator.shape[0], len(operator.parameters), cost)
-
-
-def _seconds_of_a_product(operator: hessian.Hessian, generator: torch.Generator) -> float:
-    """The least of two, after one that builds the graph."""
-    vector = operator.space.random(1, "normal", generator)
-    operator.rows(vector)
-    times = []
-    for _ in range(2):
-        started = time.perf_counter()
-        operator.rows(vector)
-        times.append(time.perf_counter() - started)
-    return min(times)
 
 
 def _first_examples(objective: Objective, size: int) -> Objective:

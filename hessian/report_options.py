@@ -1,13 +1,15 @@
 """The command line of `python -m hessian`, and how much work fits the time that a person waits."""
 
 import argparse
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 _SECONDS = 100.0  # that the products of a run may take where its options leave a choice
 _PRODUCTS_OF_A_BLOCK = 4  # for a tensor's top eigenvalue, in products with all parameters: some ten, at less than half the cost
 _OTHER_PRODUCTS = 40  # verification, the trace where it is not exact
+_GRADIENTS = 2.3  # that a product costs
+_OPERATIONS_A_SECOND = {"cpu": 1.5e11, "cuda": 1e13}  # of small networks, on modest hardware
+_FIXED_SECONDS = 0.03  # of a product, whatever the number of examples
 _REBUILDING = 4  # how much more a product costs whose graph is not kept
 
 
@@ -17,7 +19,7 @@ class Plan:
 
     examples: that the loss is averaged over. eigenvalues: of the upper end. probes, steps: of the density. layer_probes:
     most products for traces that are not exact. layer_eigenvalues: whether each tensor's is computed. plane_points: on each
-    side of the contour. product_seconds: what a product was expected to take; None where it was not measured.
+    side of the contour. product_seconds: what a product was expected to take; None where nothing was left to choose.
     """
 
     examples: int = 256
@@ -61,13 +63,10 @@ class ProductCost:
     each: float
 
     @classmethod
-    def of(cls, times: Mapping[int, float]) -> "ProductCost":
-        """The line through the measured times, {examples: seconds}; of one alone, a fifth is taken to be fixed."""
-        smallest, largest = min(times), max(times)
-        if smallest == largest:
-            return cls(0.2 * times[smallest], 0.8 * times[smallest] / smallest)
-        each = max(0.0, (times[largest] - times[smallest]) / (largest - smallest))
-        return cls(max(0.0, times[largest] - each * largest), each)
+    def of(cls, operations: float, device: str) -> "ProductCost":
+        """From the floating-point operations of one example's gradient, by nominal speeds: the same on every machine."""
+        speed = _OPERATIONS_A_SECOND["cuda" if device.startswith("cuda") else "cpu"]
+        return cls(_FIXED_SECONDS, _GRADIENTS * operations / speed)
 
     def seconds(self, examples: int) -> float:
         return self.fixed + self.each * examples
@@ -151,7 +150,8 @@ def parser() -> argparse.ArgumentParser:
   python -m hessian digits-resnet20
   python -m hessian text-transformer --examples 64 --eigenvalues 20 --out out/text
   python -m hessian my_package.tasks:cifar --weights model.safetensors --device cuda
-Numbers that are not given are chosen so that a run takes about two minutes, from what a product takes here.
+Numbers that are not given are chosen for a run of about two minutes, by a count of operations,
+which is the same on every machine.
 exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a task that cannot be analysed""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -256,7 +256,7 @@ def test_too_much_memory_is_a_users_error(folder, capsys, monkeypatch):
 
 def test_slow_products_make_coarser_plans_and_options_stand():
     def plan(seconds: float, **given: int | bool) -> object:
-        return Options("task", Path("o"), **given).plan(1000, 10**6, 50, ProductCost.of({16: seconds}))
+        return Options("task", Path("o"), **given).plan(1000, 10**6, 50, ProductCost(0.0, seconds / 16))
 
     cheap, slow = plan(1e-5), plan(1.0)
     assert (cheap.examples, cheap.eigenvalues, cheap.probes, cheap.steps) == (256, 10, 8, 60)
@@ -266,8 +266,8 @@ def test_slow_products_make_coarser_plans_and_options_stand():
     assert (given.examples, given.probes, given.layer_eigenvalues) == (100, 7, True)
     assert Options("task", Path("o")).plan(20, 3, 2, None).examples == 20
     assert Options("task", Path("o")).plan(20, 3, 2, None).eigenvalues == 3
-    cost = ProductCost.of({16: 0.2, 64: 0.5})
-    assert cost.seconds(128) == pytest.approx(0.9)
+    cpu, gpu = ProductCost.of(1e9, "cpu"), ProductCost.of(1e9, "cuda:1")
+    assert gpu.seconds(128) < cpu.seconds(128) < 2 * cpu.seconds(64)
 
 
 def test_negative_and_missing_values_have_their_bars():
