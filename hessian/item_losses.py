@@ -51,11 +51,14 @@ def _of_module(
             if loss.weight is not None:
                 weights = weights * loss.weight.to(values)[flat.where(valid, 0)]
             counted = weights > 0
+            if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing and bool((valid & ~counted).any()):
+                raise ValueError("label smoothing gives targets of a class with weight 0 a loss but no share: no Fisher matrix")
             values, weights = values[counted] / weights[counted], weights[counted]
         return values, weights if is_sum else weights / weights.sum()
     if isinstance(loss, nn.BCELoss | nn.BCEWithLogitsLoss):
         values = values.reshape(-1, 1)
-    values = values.flatten(1).sum(1) if is_sum else values.flatten(1).mean(1)
+    values = values.reshape(len(values), -1)
+    values = values.sum(1) if is_sum else values.mean(1)
     return values, torch.full_like(values, 1.0 if is_sum else 1 / len(values))
 
 

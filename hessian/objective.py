@@ -12,6 +12,7 @@ from unittest import mock
 import torch
 import torch.utils.checkpoint
 from torch import nn
+from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 
@@ -119,17 +120,16 @@ class Objective:
             return float(self.items(batch))
         targets = self.targets(batch)
         classes = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
-        if isinstance(self.loss, nn.CrossEntropyLoss | nn.NLLLoss) and classes:
-            valid = targets[targets != self.loss.ignore_index]
-            if self.loss.weight is not None:
-                return float(self.loss.weight[valid].sum())
-            return float(valid.numel())
+        if is_classification(self.loss) and classes:
+            valid = targets[targets != loss_setting(self.loss, "ignore_index", -100)]
+            weight = loss_setting(self.loss, "weight", None)
+            return float(valid.numel()) if weight is None else float(weight[valid].sum())
         return float(count_examples(batch))
 
     @property
     def is_sum(self) -> bool:
         """Whether the loss adds items up, so that batches are added too, not averaged."""
-        return getattr(self.loss, "reduction", "mean") == "sum"
+        return loss_setting(self.loss, "reduction", "mean") == "sum"
 
     def total_weight(self) -> float:
         """The sum of the batch weights, from one pass over the data, the first time; 1 for a loss that sums."""
@@ -156,7 +156,12 @@ class Objective:
 
         Attention runs by its formula there: the fused kernels have no second derivative.
         """
-        buffers = [(buffer, buffer.clone()) for buffer in self.model.buffers()]
+        buffers = [
+            (module, name, buffer, buffer.clone())
+            for module in self.model.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None
+        ]
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), torch.inference_mode(False), torch.enable_grad():
             try:
@@ -164,7 +169,8 @@ class Objective:
                     yield
             finally:
                 with torch.no_grad():
-                    for buffer, before in buffers:
+                    for module, name, buffer, before in buffers:
+                        module._buffers[name] = buffer  # some modules put another tensor in its place
                         if not torch.equal(buffer, before):  # writing anyway would spoil graphs that are kept
                             buffer.copy_(before)
 
@@ -272,16 +278,25 @@ def _is_dataclass(value: Any) -> bool:
     return dataclasses.is_dataclass(value) and not isinstance(value, type)
 
 
+def is_classification(loss: LossFunction) -> bool:
+    """Whether it is torch's cross-entropy or negative log-likelihood: module, function, or a partial of the function."""
+    function = loss.func if isinstance(loss, partial) else loss
+    return isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or function in (F.cross_entropy, F.nll_loss)
+
+
+def loss_setting(loss: LossFunction, name: str, default: Any) -> Any:
+    """An option of a torch loss, such as `reduction`: of a module its attribute, of a partial its keyword."""
+    if isinstance(loss, partial):
+        return loss.keywords.get(name, default)
+    return getattr(loss, name, default)
+
+
 def _check_classes(loss: LossFunction, outputs: Any, targets: Any) -> None:
     """Class targets out of range, before a kernel fails on them (or reads past its end)."""
-    classification = isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or loss in (
-        nn.functional.cross_entropy,
-        nn.functional.nll_loss,
-    )
-    if not classification or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
+    if not is_classification(loss) or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
         return
     classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
-    valid = targets[targets != getattr(loss, "ignore_index", -100)]
+    valid = targets[targets != loss_setting(loss, "ignore_index", -100)]
     if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= classes):
         wrong = int(valid.max()) if int(valid.max()) >= classes else int(valid.min())
         raise ValueError(f"target {wrong} is out of range: the model has {classes} outputs, so targets are 0 to {classes - 1}")

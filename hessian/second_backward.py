@@ -35,6 +35,8 @@ class CheapSecondBackward(TorchFunctionMode):
             result = _convolution(_CONVOLUTIONS[func], *args, **kwargs)
         elif func is F.batch_norm:
             result = _batch_norm(*args, **kwargs)
+        elif func is torch._weight_norm:
+            result = _weight_norm(*args, **kwargs)
         return func(*args, **kwargs) if result is None else result
 
 
@@ -48,9 +50,11 @@ def _convolution(
     dilation: Any = 1,
     groups: int = 1,
 ) -> torch.Tensor | None:
-    """The convolution; None for what is left to torch: padding by name, autocast, batchless or not plain real input."""
+    """The convolution; None for what is left to torch: padding by name, autocast, torch.func, batchless or unusual input."""
     plain = all(type(tensor) in (torch.Tensor, torch.nn.Parameter) for tensor in (input, weight))
     if isinstance(padding, str) or not plain or not torch.is_grad_enabled() or torch.is_autocast_enabled(input.device.type):
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # inside vmap, jvp, grad of torch.func
         return None
     if input.dim() != dimensions + 2 or input.dtype != weight.dtype or not input.is_floating_point():
         return None
@@ -87,26 +91,28 @@ class _ConvolutionBackward(torch.autograd.Function):
         return torch.ops.aten.convolution_backward(gradient, inputs, weight, sizes, *settings, list(wanted))
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_input: torch.Tensor | None, of_weight: torch.Tensor | None, of_bias: torch.Tensor | None) -> Any:
+    def backward(ctx: Any, of_inputs: torch.Tensor | None, of_weight: torch.Tensor | None, of_bias: torch.Tensor | None) -> Any:
         gradient, inputs, weight = ctx.saved_tensors
-        needs_gradient, needs_input, needs_weight = ctx.needs_input_grad[:3]
-        by_gradient = by_input = by_weight = None
-        if needs_gradient:
-            if of_input is not None:
-                by_gradient = torch.ops.aten.convolution(of_input, weight, None, *ctx.settings)
-            if of_weight is not None:
-                part = torch.ops.aten.convolution(inputs, of_weight, None, *ctx.settings)
-                by_gradient = part if by_gradient is None else by_gradient.add_(part)
-            if of_bias is not None:
-                part = of_bias.view(1, -1, *(1,) * (gradient.dim() - 2))
-                by_gradient = part.expand_as(gradient) if by_gradient is None else by_gradient.add_(part)
-        wanted = [needs_input and of_weight is not None, needs_weight and of_input is not None, False]
+        needs_gradient, needs_inputs, needs_weight = ctx.needs_input_grad[:3]
+        parts = []
+        if needs_gradient and of_inputs is not None:
+            parts.append(_Convolution.apply(of_inputs, weight, None, *ctx.settings))
+        if needs_gradient and of_weight is not None:
+            parts.append(_Convolution.apply(inputs, of_weight, None, *ctx.settings))
+        if needs_gradient and of_bias is not None:
+            parts.append(of_bias.view(1, -1, *(1,) * (gradient.dim() - 2)).expand_as(gradient))
+        by_inputs = by_weight = None
+        wanted = (needs_inputs and of_weight is not None, needs_weight and of_inputs is not None, False)
         if any(wanted):
-            first = inputs if of_input is None else of_input
+            first = inputs if of_inputs is None else of_inputs
             second = weight if of_weight is None else of_weight
-            by_input, by_weight, _ = torch.ops.aten.convolution_backward(gradient, first, second, None, *ctx.settings, wanted)
-        return by_gradient, by_input, by_weight, None, None
+            by_inputs, by_weight, _ = _ConvolutionBackward.apply(gradient, first, second, ctx.settings, wanted)
+        return sum(parts[1:], parts[0]) if parts else None, by_inputs, by_weight, None, None
+
+
+def _weight_norm(v: torch.Tensor, g: torch.Tensor, dim: int = 0) -> torch.Tensor:
+    """v g / |v|, by its formula: torch's own second derivative of it takes the norm for a constant."""
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _batch_norm(

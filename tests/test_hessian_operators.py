@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import functools
 import warnings
 
 import pytest
@@ -425,3 +426,175 @@ def test_memory_is_checked_before_it_is_used(monkeypatch):
     small = hessian.Hessian(model, loss, data, micro_batch=fits) @ vector
     monkeypatch.undo()
     torch.testing.assert_close(small, operator @ vector, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("parametrized", [True, False])
+def test_weight_norm_whose_second_derivative_torch_gets_wrong(parametrized):
+    norm = nn.utils.parametrizations.weight_norm if parametrized else nn.utils.weight_norm
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = nn.Sequential(norm(nn.Linear(4, 3, bias=False).double()))
+    data, loss = classification(6, 4), nn.CrossEntropyLoss()
+    names = names_of(model)
+    direction_name = names[1] if parametrized else "0.weight_v"
+
+    def by_formula(g, v):
+        return loss(F.linear(data[0], v * g / v.norm(dim=1, keepdim=True)), data[1])
+
+    tensors = [dict(model.named_parameters())[name].detach() for name in names]
+    assert direction_name in names
+    blocks = torch.autograd.functional.hessian(by_formula, tuple(tensors))
+    sizes = [tensor.numel() for tensor in tensors]
+    dense = torch.cat([torch.cat([blocks[i][j].reshape(sizes[i], sizes[j]) for j in range(2)], 1) for i in range(2)])
+    assert relative_error(hessian.Hessian(model, loss, data).to_dense(), dense) < 1e-10
+
+
+def test_dropout_masks_are_the_same_in_every_product():
+    model = nn.Sequential(nn.Linear(4, 16), nn.Tanh(), nn.Dropout(0.5), nn.Linear(16, 3)).double()
+    data, loss = classification(8, 4), nn.CrossEntropyLoss()
+    for batches in (data, in_batches(data, 3)):
+        operator = hessian.Hessian(model, loss, batches)
+        dense = operator.to_dense()
+        assert torch.equal(operator.to_dense(), dense)
+        assert relative_error(dense.T, dense) < 1e-12
+        vector = torch.randn(len(dense), dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+        assert relative_error(operator.difference_product(vector), dense @ vector) < 1e-5
+
+
+def test_finite_differences_see_one_dropout_mask():
+    class Once(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.drop, self.last = nn.Linear(4, 16), nn.Dropout(0.5), nn.Linear(16, 3)
+            self.once = True
+
+        def forward(self, x):
+            hidden = self.first(x)
+            return self.last(self.drop(_OnceOnly.apply(hidden) if self.once else hidden**3))
+
+    model, data = Once().double(), classification(8, 4)
+    for kind in (hessian.Hessian, hessian.GaussNewton):
+        model.once = False
+        operator = kind(model, nn.CrossEntropyLoss(), data)
+        vector = torch.ones(operator.shape[0], dtype=torch.float64)
+        expected = operator @ vector
+        model.once = True
+        with pytest.warns(RuntimeWarning, match="finite differences"):
+            found = kind(model, nn.CrossEntropyLoss(), data) @ vector
+        assert relative_error(found, expected) < 1e-5
+
+
+def test_attributes_of_modules_and_losses_count():
+    model, loss = nn.Sequential(nn.Linear(4, 5), nn.Softplus(), nn.Linear(5, 3)).double(), nn.CrossEntropyLoss()
+    data = classification(8, 4)
+    operator = hessian.Hessian(model, loss, data)
+    vector = torch.ones(operator.shape[0], dtype=torch.float64)
+    for module, name, value in ((loss, "label_smoothing", 0.5), (model[1], "beta", 5.0)):
+        before = operator @ vector
+        setattr(module, name, value)
+        assert not torch.allclose(operator @ vector, before)
+        assert torch.equal(operator @ vector, hessian.Hessian(model, loss, data) @ vector)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        F.cross_entropy,
+        functools.partial(F.cross_entropy, ignore_index=1),
+        functools.partial(F.cross_entropy, weight=WEIGHTS),
+        functools.partial(F.cross_entropy, reduction="sum"),
+    ],
+    ids=["function", "ignore_index", "weight", "sum"],
+)
+def test_functional_losses_are_weighted_as_the_modules_are(loss):
+    model, (inputs, targets) = seeded(SmoothNet), classification(9, 4)
+    targets[:2] = loss.keywords.get("ignore_index", -100) if isinstance(loss, functools.partial) else -100
+    if isinstance(loss, functools.partial) and "weight" in loss.keywords:
+        targets[:2] = 0
+    whole = hessian.Hessian(model, loss, (inputs, targets)).to_dense()
+    assert relative_error(hessian.Hessian(model, loss, (inputs, targets), micro_batch=2).to_dense(), whole) < 1e-10
+
+
+def test_sampled_fisher_keeps_class_weights():
+    model, (inputs, targets) = seeded(Tied), classification(5, 3)
+    loss = nn.CrossEntropyLoss(weight=WEIGHTS)
+    expected = hessian.GaussNewton(model, loss, (inputs, targets)).to_dense()
+    generator = torch.Generator().manual_seed(0)
+    draws = [hessian.Fisher(model, loss, (inputs, targets), kind="sampled", generator=generator).to_dense() for _ in range(300)]
+    assert relative_error(torch.stack(draws).mean(0), expected) < 0.25
+    with pytest.raises(ValueError, match="weighted binary cross-entropy"):
+        hessian.Fisher(model, nn.BCEWithLogitsLoss(pos_weight=WEIGHTS), (inputs, targets), kind="sampled")
+
+
+def test_buffers_that_are_replaced_come_back():
+    class Counting(SmoothNet):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+        def forward(self, x):
+            outputs = super().forward(x)
+            self.mean = 0.9 * self.mean + 0.1 * outputs.detach().mean(0)
+            return outputs
+
+    model = seeded(Counting)
+    buffer = model.mean
+    operator = hessian.Hessian(model, nn.CrossEntropyLoss(), classification(6, 4))
+    operator @ torch.ones(operator.shape[0], dtype=torch.float64)
+    assert model.mean is buffer
+    assert not bool(buffer.any())
+
+
+def test_regression_on_one_number():
+    class Scalar(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(4, 1)
+
+        def forward(self, x):
+            return self.fc(x).squeeze(-1)
+
+    model, inputs = Scalar().double(), classification(6, 4)[0]
+    targets = torch.randn(6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    losses = (model(inputs) - targets).square()
+    dense = empirical_fisher(model, losses, torch.full_like(losses, 1 / 6), names_of(model))
+    assert relative_error(hessian.Fisher(model, nn.MSELoss(), (inputs, targets)).to_dense(), dense) < 1e-12
+
+
+def test_derivatives_and_transforms_inside_the_model():
+    class Forces(nn.Module):
+        """The derivative of a convolutional energy in the input, as models of forces have it."""
+
+        def __init__(self):
+            super().__init__()
+            self.conv = nn.Conv1d(1, 2, 3)
+
+        def forward(self, x):
+            x = x.detach().requires_grad_(True)
+            (force,) = torch.autograd.grad(self.conv(x).tanh().square().sum(), x, create_graph=True)
+            return force.flatten(1)[:, :3]
+
+    class Mapped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(2, 3, 1, 3, generator=torch.Generator().manual_seed(0)))
+
+        def forward(self, x):
+            return torch.func.vmap(lambda w: F.conv1d(x, w).tanh().mean(2))(self.weight).mean(0)
+
+    for build in (Forces, Mapped):
+        model, data, loss = seeded(build), classification(4, 1, 6), nn.CrossEntropyLoss()
+        operator = hessian.Hessian(model, loss, data)
+        dense = dense_hessian(model, lambda m, data=data, loss=loss: loss(m(data[0]), data[1]), names_of(model))
+        assert relative_error(operator.to_dense(), dense) < 1e-10
+        assert operator.method == "double backward"
+
+
+def test_losses_without_a_second_derivative_and_changed_precision():
+    model, data = seeded(SmoothNet), classification(6, 4)
+    with pytest.raises(ValueError, match="cannot be differentiated twice in the outputs"):
+        hessian.GaussNewton(model, nn.MultiMarginLoss(), data).to_dense()
+    operator = hessian.Hessian(model, nn.CrossEntropyLoss(), data)
+    model.float()
+    with pytest.raises(ValueError, match=r"the parameters are torch\.float32 now"):
+        operator @ torch.ones(53, dtype=torch.float64)

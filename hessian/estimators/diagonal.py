@@ -1,7 +1,7 @@
 """The diagonal of a matrix known by its products, with an honest standard error for every entry."""
 
 from dataclasses import dataclass, replace
-from math import inf, isnan, log2, nan, sqrt
+from math import inf, isfinite, isnan, log2, nan, sqrt
 from typing import Literal, get_args
 
 import torch
@@ -95,21 +95,21 @@ def diagonal(
     reason = ""
     if method in ("auto", "exact"):
         try:
-            return _exact(A.exact_diagonal(), 0)
+            return _exact(A.space, A.exact_diagonal(), 0)
         except NotExactError as error:
             reason = str(error)
     limit = _DEFAULT_PRODUCTS[method] if max_matvecs is None else max_matvecs
     with tqdm(total=limit, desc="diagonal", unit="product", disable=not progress) as bar:
         products = Products(A, limit, bar)
         if identity_is_due(products, method, _FIRST_PRODUCTS.get(method, 0), reason):
-            return _exact(products.diagonal(), products.count)
+            return _exact(products.space, products.diagonal(), products.count)
         if method == "hutchinson":
             return _sample(products, Moments(), None, rtol, generator)
         return _xdiag(products, rtol, generator, may_change=method == "auto")
 
 
-def _exact(value: torch.Tensor, num_matvecs: int) -> Diagonal:
-    if not torch.isfinite(value).all():
+def _exact(space: VectorSpace, value: torch.Tensor, num_matvecs: int) -> Diagonal:
+    if not isfinite(_norm(space, value)):
         raise ValueError(NOT_FINITE)
     return Diagonal(value, torch.zeros_like(value), num_matvecs, "exact", True)
 
@@ -143,7 +143,7 @@ def _xdiag(products: Products, rtol: float, generator: torch.Generator | None, m
             error /= student_factor(target - 1)
             grown = _products_to_go(2 * target, before, error, goal)
             if products.can_multiply_identity() and min(plain, grown) >= space.size:
-                return _exact(products.diagonal(), products.count)
+                return _exact(products.space, products.diagonal(), products.count)
             if plain < grown:
                 return _sample(products, sketch.moments, None, rtol, generator, result)
             before = error
@@ -193,7 +193,7 @@ def _sample(
             tolerance = rtol * _norm(space, value)
             needed = target * (_norm(space, result.stderr) / tolerance) ** 2 if tolerance else inf
             if needed - target >= space.size:
-                return _exact(products.diagonal(), products.count)
+                return _exact(products.space, products.diagonal(), products.count)
     assert result is not None
     if known is not None and _norm(space, known.stderr) < _norm(space, result.stderr):
         return replace(known, num_matvecs=products.count)

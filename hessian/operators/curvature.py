@@ -33,7 +33,7 @@ def differentiable_twice(gradients: Iterable[torch.Tensor]) -> None:
     """NoSecondDerivativeError where autograd would silently treat part of these first derivatives as constant."""
     missing = missing_derivative([gradient for gradient in gradients if gradient.grad_fn is not None])
     if missing:
-        raise NoSecondDerivativeError(f"there is {missing}")
+        raise NoSecondDerivativeError(f"no second derivative (there is {missing})")
 
 
 class CurvatureOperator(LinearOperator):
@@ -118,28 +118,41 @@ class CurvatureOperator(LinearOperator):
 
     def _matmat(self, vectors: torch.Tensor) -> torch.Tensor:
         rows = vectors.T.contiguous()
+        now = next(iter(self.parameters.values())).dtype
+        if now != self.dtype:
+            raise ValueError(f"the parameters are {now} now, the operator {self.dtype}: make a new operator")
+        self._check_memory()
+        try:
+            return self._products(rows).T
+        except NoSecondDerivativeError as error:
+            warnings.warn(
+                f"{str(error).splitlines()[0][:200]}: products by finite differences of first derivatives, with relative "
+                "errors of about 1e-3 in float32 and 1e-6 in float64",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+            self._source.use_differences()
+            return self._products(rows).T
+
+    def _products(self, rows: torch.Tensor) -> torch.Tensor:
+        """Products with (K, P) rows; NoSecondDerivativeError where a derivative is missing."""
         parameters = list(self.parameters.values())
         products = torch.zeros_like(rows)
         with requiring_grad(self._source.parameters), self.objective.undisturbed(), CheapSecondBackward():
-            self._check_memory()
             for batch, weight in self.objective.weighted_batches():
-                multiply = self._first_multiplier(batch)
+                multiply = self._multiplier(batch)
                 for row, total in zip(rows, products, strict=True):
                     directions = dict(zip(self.parameters, unflatten(row, parameters), strict=True))
                     try:
                         product = multiply(directions)
                     except (RuntimeError, NotImplementedError) as error:
-                        multiply = self._fall_back(batch, error)
-                        product = multiply(directions)
+                        missing = any(words in str(error) for words in _NO_SECOND_DERIVATIVE)
+                        if self._source.differences or not missing:
+                            raise
+                        raise NoSecondDerivativeError(f"no second derivative ({error})") from error
                     total.add_(flatten([product[name] for name in self.parameters]), alpha=weight)
                 del multiply
-        return products.T
-
-    def _first_multiplier(self, batch: Any) -> Multiply:
-        try:
-            return self._multiplier(batch)
-        except NoSecondDerivativeError as error:
-            return self._fall_back(batch, error)
+        return products
 
     def _multiplier(self, batch: Any) -> Multiply:
         """Products for one batch, from the kept graph where there is one that still holds."""
@@ -149,22 +162,11 @@ class CurvatureOperator(LinearOperator):
         tensors = [*self.objective.model.parameters(), *self.objective.model.buffers(), *tensors_of(batch)]
         if isinstance(self.objective.loss, nn.Module):
             tensors += [*self.objective.loss.parameters(), *self.objective.loss.buffers()]
-        modes = [module.training for module in self.objective.model.modules()]
+        modules = list(self.objective.model.modules())
+        if isinstance(self.objective.loss, nn.Module):
+            modules += list(self.objective.loss.modules())
+        modes = [_settings(module) for module in modules]
         return self._source.multiplier(lambda: build(batch, self._source.parameters), modes, tensors)
-
-    def _fall_back(self, batch: Any, error: Exception) -> Multiply:
-        """Finite differences in place of a derivative that does not exist; any other error is raised again."""
-        missing = isinstance(error, NoSecondDerivativeError) or any(words in str(error) for words in _NO_SECOND_DERIVATIVE)
-        if self._source.differences or not missing:
-            raise error
-        warnings.warn(
-            f"no second derivative ({str(error).splitlines()[0][:200]}): products by finite differences of first derivatives, "
-            "with relative errors of about 1e-3 in float32 and 1e-6 in float64",
-            RuntimeWarning,
-            stacklevel=5,
-        )
-        self._source.use_differences()
-        return self._multiplier(batch)
 
     def _check_memory(self) -> None:
         """Once, before the first product: MemoryError with the batch size that fits, where one batch is too much."""
@@ -182,7 +184,8 @@ class CurvatureOperator(LinearOperator):
         self._source.fits = True
         if examples > 2:
             try:
-                check_fits(measure, examples, self.device, "use micro_batch={size}, or smaller batches")
+                with requiring_grad(self._source.parameters), self.objective.undisturbed():
+                    check_fits(measure, examples, self.device, "use micro_batch={size}, or smaller batches")
             except MemoryError:
                 self._source.fits = False
                 raise
@@ -198,14 +201,14 @@ class _Source:
         self.differences = False
         self.fits = False
         self._multiply: Multiply | None = None
-        self._modes: list[bool] = []
+        self._modes: list[dict[str, Any]] = []
         self._seen: list[torch.Tensor] = []
         self._versions: list[int] = []
 
     def use_differences(self) -> None:
         self.differences, self._multiply = True, None
 
-    def multiplier(self, build: Callable[[], Multiply], modes: list[bool], tensors: list[torch.Tensor]) -> Multiply:
+    def multiplier(self, build: Callable[[], Multiply], modes: list[dict[str, Any]], tensors: list[torch.Tensor]) -> Multiply:
         """What `build` returned for the same modes and the same values of `tensors`, built anew where they changed."""
         if self._multiply is not None and self._holds(modes, tensors):
             return self._multiply
@@ -217,12 +220,17 @@ class _Source:
             self._multiply = multiply
         return multiply
 
-    def _holds(self, modes: list[bool], tensors: list[torch.Tensor]) -> bool:
+    def _holds(self, modes: list[dict[str, Any]], tensors: list[torch.Tensor]) -> bool:
         return (
             modes == self._modes
             and _versions(tensors) == self._versions  # written to since, even if with the same values: autograd refuses
             and all(torch.equal(new, old) for new, old in zip(tensors, self._seen, strict=True))
         )
+
+
+def _settings(module: nn.Module) -> dict[str, Any]:
+    """A module's plain attributes: its mode, a dropout's probability, a loss's label smoothing."""
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float | str | tuple)}
 
 
 def _versions(tensors: list[torch.Tensor]) -> list[int]:

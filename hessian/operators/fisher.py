@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from hessian.item_losses import item_losses
-from hessian.objective import Data, LossFunction, Objective, tensors_of
+from hessian.objective import Data, LossFunction, Objective, is_classification, loss_setting, tensors_of
 from hessian.operators.curvature import as_objective
 from hessian.operators.gauss_newton import Inner, OuterProductOperator, check_loss_of_outputs
 from hessian.output_loss import leaf_copy
@@ -60,8 +60,9 @@ class Fisher(OuterProductOperator):
         targets = self.objective.targets(batch)
         if self.kind == "sampled":
             generator = torch.Generator().manual_seed(self._seed ^ _fingerprint(batch))
-            targets = _draw(self.objective.loss, copied, targets, generator)
-        losses, shares = item_losses(self.objective, copied, targets)
+            losses, shares = _drawn_losses(self.objective, copied, targets, generator)
+        else:
+            losses, shares = item_losses(self.objective, copied, targets)
         check_loss_of_outputs(losses.sum(), leaves, dict(self.objective.model.named_parameters()))
         dummy = torch.zeros_like(losses, requires_grad=True)
         pulled = torch.autograd.grad(
@@ -100,12 +101,29 @@ def _check_has_distribution(loss: LossFunction) -> None:
         F.binary_cross_entropy_with_logits,
         F.mse_loss,
     )
+    weighted = isinstance(loss, nn.BCEWithLogitsLoss) and (loss.pos_weight is not None or loss.weight is not None)
+    if weighted:
+        raise ValueError("a weighted binary cross-entropy is the negative logarithm of no distribution: use kind='empirical'")
     if not known or smoothed:
         name = f"{type(loss).__name__} with label smoothing" if smoothed else getattr(loss, "__name__", type(loss).__name__)
         raise ValueError(
             f"{name} is the negative logarithm of no distribution known here, so no targets can be drawn: use "
             "kind='empirical', or GaussNewton"
         )
+
+
+def _drawn_losses(
+    objective: Objective, outputs: Any, targets: torch.Tensor, generator: torch.Generator
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Losses of drawn targets, with the shares that the given ones have in the batch's loss, both (M,)."""
+    drawn = _draw(objective.loss, outputs, targets, generator)
+    weight = loss_setting(objective.loss, "weight", None)
+    if not is_classification(objective.loss) or weight is None:
+        return item_losses(objective, outputs, drawn)
+    valid = (targets != loss_setting(objective.loss, "ignore_index", -100)).reshape(-1)
+    losses = F.cross_entropy(outputs, drawn.where(valid.view(drawn.shape), 0), reduction="none").reshape(-1)[valid]
+    weights = weight.to(losses)[targets.reshape(-1)[valid]]
+    return losses, weights if objective.is_sum else weights / weights.sum()
 
 
 def _draw(loss: LossFunction, outputs: Any, targets: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -118,7 +136,7 @@ def _draw(loss: LossFunction, outputs: Any, targets: torch.Tensor, generator: to
             raise ValueError("targets are class probabilities: to draw labels, pass classes as integers")
         probabilities = outputs.softmax(1).movedim(1, -1).cpu()
         drawn = torch.multinomial(probabilities.reshape(-1, probabilities.shape[-1]), 1, generator=generator)
-        return drawn.view(targets.shape).to(targets).where(targets != getattr(loss, "ignore_index", -100), targets)
+        return drawn.view(targets.shape).to(targets).where(targets != loss_setting(loss, "ignore_index", -100), targets)
     if isinstance(loss, nn.BCEWithLogitsLoss) or loss is F.binary_cross_entropy_with_logits:
         return torch.bernoulli(outputs.sigmoid().cpu(), generator=generator).to(targets)
     # |f - y|^2 / D is the negative logarithm of a normal density in y with variance D / 2, D outputs an example

@@ -59,12 +59,14 @@ class OuterProductOperator(CurvatureOperator):
     def _difference(self, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Multiply:
         def multiply(directions: Tensors) -> Tensors:
             def values() -> list[torch.Tensor]:
-                return differentiable(self.objective.outputs(batch))
+                with self.objective.undisturbed():  # the same dropout masks and buffers each time
+                    return differentiable(self.objective.outputs(batch))
 
             pushed = central_difference(values, parameters, directions)
-            outputs = self.objective.outputs(batch)
-            weights = self._inner(outputs, batch)(pushed)
-            product = _pull(differentiable(outputs), weights, [parameters[name] for name in directions])
+            with self.objective.undisturbed():
+                outputs = self.objective.outputs(batch)
+                weights = self._inner(outputs, batch)(pushed)
+                product = _pull(differentiable(outputs), weights, [parameters[name] for name in directions])
             return dict(zip(directions, product, strict=True))
 
         return multiply
@@ -106,14 +108,17 @@ class GaussNewton(OuterProductOperator):
         def multiply(directions: list[torch.Tensor]) -> list[torch.Tensor]:
             if not curved:  # the loss is linear in the outputs
                 return [torch.zeros_like(direction) for direction in directions]
-            products = torch.autograd.grad(
-                [gradients[index] for index in curved],
-                leaves,
-                grad_outputs=[directions[index].to(leaves[index].dtype) for index in curved],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
-            )
+            try:
+                products = torch.autograd.grad(
+                    [gradients[index] for index in curved],
+                    leaves,
+                    grad_outputs=[directions[index].to(leaves[index].dtype) for index in curved],
+                    retain_graph=True,
+                    allow_unused=True,
+                    materialize_grads=True,
+                )
+            except RuntimeError as error:
+                raise ValueError(f"the loss cannot be differentiated twice in the outputs: {error}") from error
             return [product.to(direction.dtype) for product, direction in zip(products, directions, strict=True)]
 
         return multiply

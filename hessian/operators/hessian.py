@@ -70,7 +70,8 @@ class Hessian(CurvatureOperator):
     def _difference(self, batch: Any, parameters: Mapping[str, nn.Parameter]) -> Multiply:
         def multiply(directions: Tensors) -> Tensors:
             def gradients() -> list[torch.Tensor]:
-                return list(self._gradients(batch, {name: parameters[name] for name in directions}).values())
+                with self.objective.undisturbed():  # the same dropout masks and buffers each time
+                    return list(self._gradients(batch, {name: parameters[name] for name in directions}).values())
 
             return dict(zip(directions, central_difference(gradients, parameters, directions), strict=True))
 

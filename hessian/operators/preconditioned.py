@@ -41,7 +41,7 @@ def preconditioned(operator: LinearOperator, diagonal: torch.Tensor) -> Precondi
 def adam_preconditioner(optimizer: torch.optim.Optimizer, operator: CurvatureOperator) -> torch.Tensor:
     r"""Adam's current diagonal :math:`\sqrt{v / (1 - \beta_2^t)} + \epsilon`, (P,), in the operator's order of parameters.
 
-    Reads the state of torch.optim.Adam, AdamW, NAdam and RAdam (`exp_avg_sq`, `step`), and of RMSprop (`square_avg`).
+    Reads the state of torch.optim.Adam, AdamW and NAdam (`exp_avg_sq`, `step`; amsgrad too), and of RMSprop (`square_avg`).
     ValueError for a parameter that the optimizer has not stepped yet.
     """
     pieces = []
@@ -49,9 +49,10 @@ def adam_preconditioner(optimizer: torch.optim.Optimizer, operator: CurvatureOpe
     for name, parameter in operator.parameters.items():
         state, group = optimizer.state.get(parameter, {}), groups.get(id(parameter), {})
         if "exp_avg_sq" in state:
-            second = state["exp_avg_sq"] / (1 - group["betas"][1] ** float(state["step"]))
+            moment = state["max_exp_avg_sq"] if group.get("amsgrad") else state["exp_avg_sq"]
+            second = moment / (1 - group["betas"][1] ** float(state["step"]))
         elif "square_avg" in state:
-            second = state["square_avg"]
+            second = state["square_avg"] - state["grad_avg"] ** 2 if group.get("centered") else state["square_avg"]
         else:
             raise ValueError(f"the optimizer keeps no second moment of {name!r}: take a step first, or leave it out by params=")
         pieces.append((second.sqrt() + group["eps"]).reshape(-1))
