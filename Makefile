@@ -21,6 +21,7 @@ types: $(VENV)/installed-test
 
 benchmarks: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.three_bits
+	$(BIN)/python -m benchmarks.engine
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -65,12 +65,12 @@ def eigenthings_eigenpairs(model: nn.Module, loss: nn.Module, batch: Batch, k: i
     return Found(values[order].numpy(), vectors[:, order])
 
 
-def eigenthings_density(model: nn.Module, loss: nn.Module, batch: Batch, probes: int, steps: int) -> Measure:
+def eigenthings_density(model: nn.Module, loss: nn.Module, batch: Batch, probes: int, steps: int, seed: int) -> Measure:
     """Nodes and weights of hessian-eigenthings' stochastic Lanczos quadrature."""
     import hessian_eigenthings as peer
 
     operator = peer.HessianOperator(model, [batch], peer.supervised_loss(loss))
-    found = peer.spectral_density(operator, num_runs=probes, lanczos_steps=steps, seed=0)
+    found = peer.spectral_density(operator, num_runs=probes, lanczos_steps=steps, seed=seed)
     return found.raw_eigenvalues.numpy().ravel(), found.raw_weights.numpy().ravel()
 
 

@@ -206,7 +206,7 @@ def spectral_density(
 
     .. math:: \frac1P \operatorname{tr} f(A) = \mathbb E_z [z^\top f(A) z] \approx \frac1K \sum_{kj} w_{kj} \, f(\theta_{kj})
 
-    for probes z uniform on the unit sphere; the inner sums are exact for polynomials of degree below 2 `num_steps`. Costs
+    for unit probes z of random signs; the inner sums are exact for polynomials of degree below 2 `num_steps`. Costs
     `num_probes` times `num_steps` products, fewer where Krylov spaces are exhausted, at most P a probe; eight probes share
     a product with a block, and memory holds their bases: `num_steps` vectors each, 2 with `reorthogonalize=False`.
     `generator=None` advances the global generator.

@@ -52,7 +52,7 @@ def lanczos_quadrature(
     reorthogonalize: bool = True,
     progress: bool = False,
 ) -> Quadrature:
-    """Gauss rules of `num_steps` nodes for `num_probes` probes, uniform on the unit sphere.
+    """Gauss rules of `num_steps` nodes for `num_probes` probes of random signs, scaled to unit length.
 
     A rule ends early when its Krylov space is exhausted, after P steps at the latest. Probes advance together, one product
     for all, eight at a time, or fewer where their bases of (num_steps, P) would exceed 4 GiB.
@@ -78,7 +78,7 @@ def lanczos_quadrature(
         while len(recurrences) < num_probes:
             count = min(together, num_probes - len(recurrences))
             # one draw for each, so that a seed means the same probes however many advance together
-            group = [_Recurrence(space, steps, kept, space.random(1, "sphere", generator)) for _ in range(count)]
+            group = [_Recurrence(space, steps, kept, space.random(1, "rademacher", generator)) for _ in range(count)]
             _advance(operator, group, bar.update)
             recurrences.extend(group)
     rules = [recurrence.rule(num_steps) for recurrence in recurrences]
