@@ -17,6 +17,7 @@ from hawq import runtime, storage
 from hawq.job import Job
 from hawq.options import OUTPUTS, Options, UsageError, parse
 from hawq.report import build_report, render_html, summary
+from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.task import UnknownTaskError
 
@@ -115,11 +116,7 @@ def run(options: Options, stdout: TextIO) -> int:
     except Exception as error:  # whatever a user's network, data or disk can raise: one line, and the folder cleaned up
         return _fail(options, error, 1)
     text = json.dumps(report, indent=1) if options.json else summary(report, options.out)
-    try:
-        stdout.write(text + "\n")
-        stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has had enough; the results are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    write_result(stdout, text + "\n")
     return 0
 
 
@@ -134,14 +131,6 @@ def _fail(options: Options, error: BaseException, code: int, message: str | None
     return code
 
 
-def _reserve_stdout() -> TextIO:
-    """Standard output for results alone; whatever else prints, native libraries too, is sent to standard error."""
-    sys.stdout.flush()
-    reserved = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return reserved
-
-
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(run(parsed, _reserve_stdout()))
+    sys.exit(run(parsed, reserve_stdout()))

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import os
 import sys
 import time
 import traceback
@@ -16,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
 from hessian import figures, landscape
+from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.objective import Objective, batches_of, count_examples, split_batch
 from hessian.report import Findings, render_html, summary
@@ -180,11 +180,7 @@ def run(options: Options, stdout: TextIO) -> int:
         return _fail(options, error, 2, str(error))
     except Exception as error:  # whatever else a user's network or data can raise: one line
         return _fail(options, error, 1, f"{type(error).__name__}: {error} (--debug shows where)")
-    try:
-        stdout.write(text if options.json else summary(findings, options.out) + "\n")
-        stdout.flush()
-    except BrokenPipeError:  # the reader, such as `head`, has had enough; the results are written
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
+    write_result(stdout, text if options.json else summary(findings, options.out) + "\n")
     return 0
 
 
@@ -196,14 +192,6 @@ def _fail(options: Options, error: BaseException, code: int, message: str) -> in
     return code
 
 
-def _reserve_stdout() -> TextIO:
-    """Standard output for results alone; whatever else prints, native libraries too, is sent to standard error."""
-    sys.stdout.flush()
-    reserved = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)
-    return reserved
-
-
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(run(parsed, _reserve_stdout()))
+    sys.exit(run(parsed, reserve_stdout()))
