@@ -18,7 +18,7 @@ from tests.oracles import assert_unchanged, dense_gauss_newton, dense_hessian, j
 
 NETWORKS = {
     "mlp": (SmoothNet, (7, 4)),
-    "cnn": (ConvNet, (5, 1, 7, 6)),
+    "cnn": (functools.partial(ConvNet, channels=2), (5, 1, 7, 6)),
     "depthwise": (Depthwise, (6, 2, 5, 6)),
     "lstm": (Recurrent, (5, 4, 2)),
     "attention": (Attention, (5, 4, 3)),
