@@ -86,6 +86,31 @@ def test_low_rank_identity_and_zero():
         torch.testing.assert_close(whole.values, torch.arange(size, 0, -1, dtype=torch.float64))
 
 
+def test_products_that_leave_nothing_but_rounding_add_no_vectors():
+    """Noise that is scaled up to a unit vector is not orthogonal to the basis, unless it is made so again."""
+    identity = matrix_with(torch.ones(1000))
+    low_rank = matrix_with(torch.cat([torch.arange(9.0, 4.0, -1), torch.zeros(400)]))
+    for seed in range(3):
+        pairs = hessian.top_eigenpairs(hessian.Dense(identity), 20, tol=1e-6, generator=generator(seed))
+        torch.testing.assert_close(pairs.values, torch.ones(20, dtype=torch.float64))
+        assert pairs.complete
+        pairs = hessian.top_eigenpairs(hessian.Dense(low_rank), 10, "smallest", tol=1e-6, generator=generator(seed))
+        torch.testing.assert_close(pairs.values, torch.zeros(10, dtype=torch.float64), rtol=0, atol=1e-10)
+        assert pairs.complete
+
+
+def test_copies_that_could_not_be_looked_for_are_warned_of():
+    values = torch.cat([torch.full((15,), 5.0), torch.full((15,), 4.5), torch.linspace(0, 4, 470)])
+    operator = hessian.Dense(matrix_with(values))
+    with pytest.warns(RuntimeWarning, match="copies may be missing; raise max_matvecs"):
+        pairs = hessian.top_eigenpairs(operator, 30, tol=1e-6, generator=generator(2))
+    assert bool(pairs.converged.all())
+    assert not pairs.complete
+    whole = hessian.top_eigenpairs(operator, 30, tol=1e-6, block_size=16, max_matvecs=2000, generator=generator(2))
+    assert whole.complete
+    torch.testing.assert_close(whole.values, values[:30].double(), rtol=0, atol=1e-8)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e-12, 1e12])
 def test_the_scale_of_the_operator_does_not_matter(scale):
     matrix = matrix_with(torch.cat([torch.tensor([9.0, 7.0, 7.0]), torch.linspace(-1, 1, 100)]))

@@ -1,5 +1,6 @@
 """Eigenvalues and eigenvectors at the ends of a spectrum, each with its residual."""
 
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -27,13 +28,15 @@ class Eigenpairs(Table):
 
     values: (k,) float64, sorted as asked for. vectors: (P, k), orthonormal columns. residuals: (k,), |A v - lambda v|: an
     eigenvalue lies within this distance of the value. converged: (k,), whether the residual is at most tol times the
-    largest |Ritz value|. num_matvecs: products spent.
+    largest |Ritz value|. complete: whether every cluster of equal values has fewer members than there were independent
+    starting vectors, so that no copy is missing; False after `start`, which is not checked. num_matvecs: products spent.
     """
 
     values: torch.Tensor
     vectors: torch.Tensor
     residuals: torch.Tensor
     converged: torch.Tensor
+    complete: bool
     num_matvecs: int
 
     def full_vectors(self) -> torch.Tensor:
@@ -53,6 +56,7 @@ class Eigenpairs(Table):
             "values": self.values.tolist(),
             "residuals": self.residuals.tolist(),
             "converged": self.converged.tolist(),
+            "complete": self.complete,
             "num_matvecs": self.num_matvecs,
         }
 
@@ -82,7 +86,8 @@ def top_eigenpairs(
 
     Multiple eigenvalues: m independent random starting vectors show up to m copies of one. As long as a cluster among the
     results has as many members as there were starts, another start is added and given as many steps as the first ones
-    needed. `block_size` is the number of starts to begin with (default 2, more for k > 8).
+    needed; a RuntimeWarning where products or memory end before that (`complete` is then False). `block_size` is the number
+    of starts to begin with (default 2, more for k > 8).
 
     `start` (P, j): approximate eigenvectors to begin from instead of random vectors: cheap when they are good. That no
     copy of a multiple eigenvalue is missing is then not checked. `max_basis`: rows of the Krylov basis, P numbers each,
@@ -115,6 +120,7 @@ def top_eigenpairs(
                 file.save_now_and_then(search.counters())
     if file is not None:
         file.save(search.counters())
+    search.warn_if_incomplete()
     return search.result(verify=basis.rows.dtype != A.dtype or tol < 100 * basis.rounding)
 
 
@@ -131,7 +137,7 @@ class _Search:
         self.coefficients = torch.zeros(0, 0, dtype=torch.float64)
         self.residuals = torch.zeros(0, dtype=torch.float64)
         self.trail: list[torch.Tensor] = []  # the wanted values after each step
-        self.over = False
+        self.over = self.complete = False
         self.spent_otherwise = 0  # products that added nothing to the basis
 
     def begin(self, block: int, vectors: torch.Tensor | None) -> None:
@@ -191,12 +197,13 @@ class _Search:
         if len(self.values) < self.k or self.owed:
             return
         if self.basis.num_applied == self.basis.space.size:
-            self.over = True
+            self.over = self.complete = True
             return
         self.trail.append(self.values[self._wanted()])
         if not bool((self.residuals[self._wanted()] <= self.tol * self.values.abs().max()).all()) or not self._is_quiet():
             return
-        if not self.checks_multiplicity or self._largest_cluster() < self.num_starts:
+        self.complete = self.checks_multiplicity and self._largest_cluster() < self.num_starts
+        if self.complete or not self.checks_multiplicity:
             self.over = True
             return
         if not self.first_steps:
@@ -218,14 +225,17 @@ class _Search:
         return bool(((now - self.trail[-1 - steps]).abs()[small] <= self.tol * largest).all())
 
     def _new_start(self) -> None:
-        """One more random vector, with as many steps owed to it as the first ones had."""
+        """One more random vector, with as many steps owed to it as the first ones had; the end if there is no room for it."""
+        if self.basis.capacity < self.basis.space.size and self.basis.capacity < self.k + 2 * self.basis.num_waiting + 4:
+            self.over = True
+            return
         if self.basis.num_rows + 1 >= self.basis.capacity and self.basis.capacity < self.basis.space.size:
             self._restart()
         added = self.basis.add(self._random(1))
         self.num_starts += added
         self.owed = self.first_steps if added else 0
         if not added:  # the basis spans the whole space
-            self.over = True
+            self.over = self.complete = True
 
     def _random(self, count: int) -> torch.Tensor:
         return self.basis.space.random(count, "normal", self.generator)
@@ -273,6 +283,17 @@ class _Search:
             longest = max(longest, length)
         return longest
 
+    def warn_if_incomplete(self) -> None:
+        """RuntimeWarning where all wanted pairs have converged but copies of multiple eigenvalues may be missing."""
+        if self.complete or not self.checks_multiplicity or not self.largest_residual <= self.tol:
+            return
+        warnings.warn(
+            f"{self._largest_cluster()} equal eigenvalues were found from {self.num_starts} starting vectors: copies may be "
+            "missing; raise max_matvecs, max_basis or block_size",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+
     def result(self, *, verify: bool) -> Eigenpairs:
         """The wanted pairs as they are known; `verify`: with residuals from further products."""
         chosen = self._wanted()
@@ -288,7 +309,7 @@ class _Search:
             residuals = basis.space.norms(images - values.to(rows)[:, None] * rows)
         residuals = residuals.clamp(min=torch.finfo(basis.operator.dtype).eps * basis.scale)  # of the products themselves
         largest = self.values.abs().max() if len(self.values) else torch.tensor(0.0)
-        return Eigenpairs(values, rows.T, residuals, residuals <= self.tol * largest, spent)
+        return Eigenpairs(values, rows.T, residuals, residuals <= self.tol * largest, self.complete, spent)
 
 
 def _check(A: LinearOperator, k: int, which: str, tol: float) -> None:

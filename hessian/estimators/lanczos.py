@@ -17,6 +17,8 @@ from hessian.operators.base import LinearOperator
 _CHUNK = 2**20  # entries of a vector that a restart rotates at a time
 _NEW = 1e-2  # a vector that is given counts as new if this share of it is outside the basis
 _LOST = 10.0  # what is left of a product counts as rounding below this many times epsilon, relative to the operator
+_SHORT = 1e-2  # the rest of a product, relative to the product, that needs another orthogonalisation
+_NEW_AFTER_ALL = 0.7  # of its length must remain then, or it was rounding
 _ASYMMETRY = 1e-3  # more of it is no rounding, and no finite difference's error either
 
 
@@ -85,14 +87,23 @@ class KrylovBasis:
         known = self._orthogonalise(products)
         self.num_applied += count
         negligible = _LOST * torch.finfo(self.operator.dtype).eps * self.scale
-        for column, product, coefficients in zip(range(first, first + count), products, known, strict=True):
+        for column, product, coefficients, norm in zip(
+            range(first, first + count), products, known, norms.tolist(), strict=True
+        ):
             self.projection[: len(coefficients), column] = coefficients
             rest = product.unsqueeze(0)
             self.projection[: self.num_rows, column] += self._orthogonalise(rest)[0]  # against the block's new rows, too
             length = float(self.space.norms(rest)[0])
-            if length > negligible and self.num_rows < self.limit:
+            if length <= negligible or self.num_rows >= self.limit:
+                continue
+            rest /= length
+            left = 1.0
+            if length < _SHORT * norm:  # what rounding left of its parts along the basis is now large beside it
+                self._orthogonalise(rest)
+                left = float(self.space.norms(rest)[0])
+            if left > _NEW_AFTER_ALL:
                 self.projection[self.num_rows, column] = length
-                self._queue(rest, length)
+                self._queue(rest, left)
 
     def _queue(self, vector: torch.Tensor, length: float) -> None:
         self.rows[self.num_rows] = (vector[0] / length).to(self.rows)
