@@ -65,9 +65,12 @@ class QuantizedLayer(nn.Module):
         self.bias_scale = input_scale * self.scale
         self.bias = torch.round(bias.double() / self.bias_scale.double()).to(torch.int32)
 
+    def weight(self) -> torch.Tensor:
+        """The rounded weight in real numbers."""
+        return dequantize_channels(self.codes, self.scale)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight = dequantize_channels(self.codes, self.scale)
-        return self.operation(x, weight, self.real_bias(), *self.settings)
+        return self.operation(x, self.weight(), self.real_bias(), *self.settings)
 
     def extra_repr(self) -> str:
         return f"{self.operation}, {tuple(self.codes.shape)}, bits={self.bits}"
