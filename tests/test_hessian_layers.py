@@ -83,12 +83,18 @@ def test_sampling_stops_at_the_asked_error():
     assert report.num_matvecs < 5000
 
 
-def test_many_outputs_are_sampled():
-    model = nn.Linear(3, 100).double()
-    data = classification(4, 3, classes=100)
-    report = hessian.layer_report(model, nn.CrossEntropyLoss(), data, max_probes=8, generator=torch.Generator().manual_seed(0))
-    assert not report["weight"].exact
-    assert "100 outputs an example" in report["weight"].reason
+def test_with_many_outputs_labels_are_drawn_and_no_products_spent():
+    model = nn.Sequential(nn.Linear(3, 6), nn.ReLU(), nn.Linear(6, 100)).double()
+    data = classification(40, 3, classes=100)
+    loss = nn.CrossEntropyLoss()
+    report = hessian.layer_report(model, loss, data, rtol=0.02, generator=torch.Generator().manual_seed(0))
+    assert report.num_matvecs == 0
+    for name, row in report.items():
+        assert not row.exact
+        assert "more than 64 outputs an example" in row.reason
+        truth = float(hessian.Hessian(model, loss, data, params=[name]).to_dense().trace())
+        assert 0 < row.trace_stderr <= 0.02 * row.trace
+        assert abs(row.trace - truth) < 4 * row.trace_stderr
 
 
 def test_the_model_is_left_alone():

@@ -10,6 +10,7 @@ checked on every batch: the loss sees the parameters through the outputs only, e
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -28,34 +29,48 @@ MAX_OUTPUTS = 64  # above, one backward for each output costs more than sampling
 _GRADIENT_BYTES = 512 * 2**20  # output gradients kept at a time
 
 
+@dataclass(frozen=True)
+class ExactTraces:
+    """traces: by parameter. reasons: why each of the others has none. many_outputs: those of them whose block is proven to
+    be J^T A J, with more outputs than a backward pass for each is worth: drawn labels estimate it."""
+
+    traces: dict[str, float]
+    reasons: dict[str, str]
+    many_outputs: list[str]
+
+
 def exact_traces(
     objective: Objective, parameters: Mapping[str, nn.Parameter], *, gauss_newton: bool = False, progress: bool = False
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Traces of the parameters' diagonal blocks over the data set, and the reason for every parameter without an exact one.
+) -> ExactTraces:
+    """Traces of the parameters' diagonal blocks over the data set.
 
     Of the Hessian, which takes outputs that are piecewise linear in the parameter; or of the Gauss-Newton matrix, which does
     not. Call it where the parameters require gradients, inside `Objective.undisturbed`.
     """
     traces = dict.fromkeys(parameters, 0.0)
     reasons: dict[str, str] = {}
+    many = dict.fromkeys(parameters, False)
     for batch, weight in tqdm(objective.weighted_batches(), desc="traces", unit="batch", disable=not progress):
         left = {name: parameter for name, parameter in parameters.items() if name not in reasons}
         try:
-            found, failed = _batch_traces(objective, batch, left, gauss_newton=gauss_newton)
+            found = _batch_traces(objective, batch, left, gauss_newton=gauss_newton)
         except NotExactError as error:
-            return {}, dict.fromkeys(parameters, str(error))
-        for name, trace in found.items():
+            return ExactTraces({}, dict.fromkeys(parameters, str(error)), [])
+        for name, trace in found.traces.items():
             traces[name] += weight * trace
-        reasons |= failed
+        many |= dict.fromkeys(found.many_outputs, True)
+        reasons |= {name: reason for name, reason in found.reasons.items() if name not in found.many_outputs}
         if len(reasons) == len(parameters):
             break
-    return {name: trace for name, trace in traces.items() if name not in reasons}, reasons
+    drawable = [name for name, is_one in many.items() if is_one and name not in reasons]
+    reasons |= dict.fromkeys(drawable, f"there are more than {MAX_OUTPUTS} outputs an example")
+    return ExactTraces({name: trace for name, trace in traces.items() if name not in reasons}, reasons, drawable)
 
 
 def _batch_traces(
     objective: Objective, batch: object, parameters: Mapping[str, nn.Parameter], *, gauss_newton: bool
-) -> tuple[dict[str, float], dict[str, str]]:
-    """Traces of the parameters' blocks for one batch's loss, and the reasons for those that have no exact one.
+) -> ExactTraces:
+    """Traces of the parameters' blocks for one batch's loss.
 
     NotExactError where there is none for any parameter.
     """
@@ -66,9 +81,7 @@ def _batch_traces(
     if not outputs.requires_grad:
         raise NotExactError("autograd has not followed the forward pass: it runs under no_grad")
     if not len(outputs):
-        return dict.fromkeys(parameters, 0.0), {}
-    if outputs[0].numel() > MAX_OUTPUTS:
-        raise NotExactError(f"there are {outputs[0].numel()} outputs an example, more than {MAX_OUTPUTS}")
+        return ExactTraces(dict.fromkeys(parameters, 0.0), {}, [])
     (leaf,), loss = loss_in_double(objective, outputs, batch)
     with torch.no_grad():
         again = objective.outputs(batch)
@@ -89,19 +102,23 @@ def _batch_traces(
         else:
             uses[name] = certificate.use
     if not uses:
-        return traces, reasons
-    try:
-        cotangents, signs = output_curvature_factors(leaf, loss, outputs)
-    except OutputCurvatureError as error:
-        raise NotExactError(str(error)) from error
+        return ExactTraces(traces, reasons, [])
+    many_outputs = outputs[0].numel() > MAX_OUTPUTS
+    if not many_outputs:
+        try:
+            cotangents, signs = output_curvature_factors(leaf, loss, outputs)
+        except OutputCurvatureError as error:
+            raise NotExactError(str(error)) from error
     edges = [GradientEdge(node, 0) for node in {use.node: None for use in uses.values()}]
     mixing = mixing_nodes(outputs, edges)
     reasons |= {name: mixing[use.node] for name, use in uses.items() if use.node in mixing}
     uses = {name: use for name, use in uses.items() if use.node not in mixing}
+    if many_outputs:
+        return ExactTraces(traces, reasons, list(uses))
     if uses:
         edges = [edge for edge in edges if edge.node not in mixing]
         traces |= _traces(outputs, cotangents, signs, edges, uses, parameters)
-    return traces, reasons
+    return ExactTraces(traces, reasons, [])
 
 
 def _traces(

@@ -79,12 +79,12 @@ def _gauss_newton_traces(operator: Hessian, names: list[str], rtol: float, gener
     """Exact traces of Gauss-Newton blocks, or from drawn labels; parameters that have neither are left out."""
     wanted = {name: operator.parameters[name] for name in names}
     with requiring_grad(wanted), operator.objective.undisturbed():
-        traces, reasons = exact_traces(operator.objective, wanted, gauss_newton=True)
-    if not reasons:
-        return _Known(traces, dict.fromkeys(traces, 0.0))
-    rest = {name: wanted[name] for name in reasons}
+        exact = exact_traces(operator.objective, wanted, gauss_newton=True)
+    if not exact.reasons:
+        return _Known(exact.traces, dict.fromkeys(exact.traces, 0.0))
+    rest = {name: wanted[name] for name in exact.reasons}
     sampled, stderrs = sampled_gauss_newton_traces(operator.objective, rest, rtol / 2, generator)
-    return _Known(traces | sampled, dict.fromkeys(traces, 0.0) | stderrs)
+    return _Known(exact.traces | sampled, dict.fromkeys(exact.traces, 0.0) | stderrs)
 
 
 class _Samples:

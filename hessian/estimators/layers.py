@@ -10,8 +10,9 @@ from tqdm.auto import tqdm
 
 from hessian.estimators.eigenpairs import top_eigenpairs
 from hessian.estimators.exact_diagonal import gauss_newton_diagonal
-from hessian.estimators.exact_trace import exact_traces
+from hessian.estimators.exact_trace import ExactTraces, exact_traces
 from hessian.estimators.layer_sampling import sampled_rows
+from hessian.estimators.sampled_trace import sampled_gauss_newton_traces
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.hessian import Hessian
@@ -51,17 +52,21 @@ def layer_report(
     objective = as_objective(model, loss, data)
     parameters = select_parameters(objective.model, params)
     if method == "hutchinson":
-        traces: dict[str, float] = {}
-        reasons = dict.fromkeys(parameters, "sampling was asked for")
+        exact = ExactTraces({}, dict.fromkeys(parameters, "sampling was asked for"), [])
     else:
         with requiring_grad(parameters), objective.undisturbed():
-            traces, reasons = exact_traces(objective, parameters, progress=progress)
+            exact = exact_traces(objective, parameters, progress=progress)
+    traces, reasons = exact.traces, dict(exact.reasons)
     if method == "exact" and reasons:
         name, reason = next(iter(reasons.items()))
         raise ValueError(f"the trace of {name!r} is not exact: {reason}; use method='auto' to sample it")
     rows = {name: LayerRow(trace, 0.0, True, parameters[name].numel()) for name, trace in traces.items()}
     if channels and traces:
         rows |= _with_channels(objective, {name: parameters[name] for name in traces}, rows)
+    if exact.many_outputs and not channels:
+        drawn = _with_drawn_labels(objective, {name: parameters[name] for name in exact.many_outputs}, reasons, rtol, generator)
+        rows |= drawn
+        reasons = {name: reason for name, reason in reasons.items() if name not in drawn}
     num_matvecs = 0
     operator = Hessian(objective, params=list(parameters))
     if reasons:
@@ -84,6 +89,21 @@ def layer_report(
             num_matvecs += pairs.num_matvecs
             rows[name] = replace(rows[name], top_eigenvalue=float(pairs.values[0]), residual=float(pairs.residuals[0]))
     return LayerReport({name: rows[name] for name in parameters}, num_matvecs)
+
+
+def _with_drawn_labels(
+    objective: Objective,
+    parameters: Mapping[str, nn.Parameter],
+    reasons: Mapping[str, str],
+    rtol: float,
+    generator: torch.Generator | None,
+) -> dict[str, LayerRow]:
+    """Rows of parameters whose blocks are the Gauss-Newton matrix's; none where the loss gives nothing to draw from."""
+    traces, stderrs = sampled_gauss_newton_traces(objective, parameters, rtol, generator)
+    return {
+        name: LayerRow(trace, stderrs[name], False, parameters[name].numel(), stderrs[name] <= rtol * trace, reasons[name])
+        for name, trace in traces.items()
+    }
 
 
 def _with_channels(

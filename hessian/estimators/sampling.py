@@ -130,6 +130,8 @@ def standard_error(samples: torch.Tensor) -> float:
     spread = samples.std()
     if spread == 0:
         return 0.0
+    if count < 3:  # too few for a skewness
+        return float(spread) / sqrt(count) * student_factor(count - 1)
     scores = (samples - samples.mean()) / (spread * sqrt((count - 1) / count))
     skewness = float(scores.pow(3).mean()) * sqrt(count * (count - 1)) / (count - 2)
     return float(spread) / sqrt(count) * student_factor(count - 1) * (1 + 1.08 * skewness**2 / count * (1 + 27 / count))

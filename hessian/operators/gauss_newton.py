@@ -88,11 +88,11 @@ class GaussNewton(OuterProductOperator):
     def exact_trace(self) -> float:
         """The trace, where per-example gradients of every parameter can be read off the graph; else NotExactError."""
         with requiring_grad(self.parameters), self.objective.undisturbed():
-            traces, reasons = exact_traces(self.objective, self.parameters, gauss_newton=True)
-        if reasons:
-            name, reason = next(iter(reasons.items()))
+            found = exact_traces(self.objective, self.parameters, gauss_newton=True)
+        if found.reasons:
+            name, reason = next(iter(found.reasons.items()))
             raise NotExactError(f"the trace of {name!r} is not exact: {reason}")
-        return sum(traces.values())
+        return sum(found.traces.values())
 
     def exact_diagonal(self) -> torch.Tensor:
         """The diagonal, (P,), under the same condition."""

@@ -35,11 +35,11 @@ class Hessian(CurvatureOperator):
     def exact_trace(self) -> float:
         """The trace, where the outputs are piecewise linear in every parameter (one at a time); else NotExactError."""
         with requiring_grad(self.parameters), self.objective.undisturbed():
-            traces, reasons = exact_traces(self.objective, self.parameters)
-        if reasons:
-            name, reason = next(iter(reasons.items()))
+            found = exact_traces(self.objective, self.parameters)
+        if found.reasons:
+            name, reason = next(iter(found.reasons.items()))
             raise NotExactError(f"the trace of {name!r} is not exact: {reason}")
-        return sum(traces.values())
+        return sum(found.traces.values())
 
     def exact_diagonal(self) -> torch.Tensor:
         """The diagonal, (P,), under the same condition; it is then that of the Gauss-Newton matrix."""
