@@ -1,0 +1,151 @@
+"""The integer program behind an allocation: one choice for each group of rows, several limits, solved to proven optimality."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.sparse import csr_array, hstack, vstack
+
+_OBJECTIVE_SCALE = 1e5  # of the largest entry, where HiGHS proves to an absolute 1e-6
+_MAX_CUTS = 100
+
+
+@dataclass(frozen=True)
+class IntegerProgram:
+    """Minimise omega . x over binary x with one choice for each group, where costs . (x, z) <= limits, z_k = x_i(k) x_j(k).
+
+    z is linear: for two groups, the z of one choice of either add up to that choice's x, which binary x fulfil in one way.
+    """
+
+    omega: np.ndarray  # (choices,)
+    owners: np.ndarray  # (choices,): the group that each choice is for
+    pairs: np.ndarray  # (products, 2): positions of two choices of different groups; all choices of two groups, or none
+    names: Sequence[str]  # (budgets,)
+    costs: np.ndarray  # (budgets, choices + products)
+    limits: np.ndarray  # (budgets,)
+
+    def solve(self) -> tuple[np.ndarray, float]:
+        """Positions of the chosen choices and the relative gap to the proven bound; ValueError if nothing keeps the limits.
+
+        HiGHS proves optimality to an absolute 1e-6. So that this is nothing beside the total, whatever the range of the
+        table, choices that alone exceed the best total found are excluded and the rest is scaled and solved again.
+        """
+        excess = self.omega - self._least(self.omega)[self.owners]
+        allowed = np.ones(len(excess), dtype=bool)
+        while True:
+            scale = _OBJECTIVE_SCALE / (excess[allowed].max() or 1.0)
+            chosen, bound = self._solve_scaled(np.where(allowed, excess, 0.0) * scale, allowed)
+            total = excess[chosen].sum()
+            hopeless = allowed & (excess > total)
+            if not hopeless.any():
+                break
+            allowed &= ~hopeless
+        objective = float(self.omega[chosen].sum())
+        return chosen, max(0.0, float(total) - bound / scale) / max(abs(objective), 1e-300)
+
+    def _solve_scaled(self, objective: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float]:
+        """Positions of the choices with the least objective among those allowed, and the proven lower bound."""
+        tolerated = self.limits + 1e-12 * np.abs(self.limits)  # costs in fractions do not add up to the last digit
+        units = np.array([_unit(row) for row in self.costs])
+        constraints = self._structure()
+        if len(self.limits):
+            constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, tolerated / units))
+        upper = np.concatenate([allowed, np.ones(len(self.pairs))])
+        for _ in range(_MAX_CUTS):
+            result = self._milp(np.concatenate([objective, np.zeros(len(self.pairs))]), constraints, upper)
+            if result.x is None:
+                raise ValueError(self.why_infeasible())
+            chosen = self._chosen(result)
+            if (self._spent(chosen) <= tolerated).all():
+                return chosen, float(result.mip_dual_bound)
+            # Within the solver's tolerance, but over a limit in exact arithmetic: exclude this very assignment.
+            cut = np.zeros((1, self.costs.shape[1]))
+            cut[0, chosen] = 1.0
+            constraints.append(LinearConstraint(csr_array(cut), -np.inf, len(chosen) - 1))
+        raise ValueError("the budgets are so close to the edge of what is possible that the solver's precision fails")
+
+    def why_infeasible(self) -> str:
+        """Which budget cannot be kept, and by how much it is missed."""
+        for name, costs, limit in zip(self.names, self.costs, self.limits, strict=True):
+            least = self._cheapest(costs)
+            if least > limit:
+                share = f" ({least / limit - 1:.1%})" if limit > 0 else ""
+                return (
+                    f"budget {name!r} allows {limit:,.10g}, but the narrowest widths offered already need "
+                    f"{least:,.10g}, {least - limit:,.10g}{share} more: raise the limit or offer narrower widths"
+                )
+        # Each can be kept alone: find the smallest relative excess with which all can be kept together.
+        sizes = np.maximum(np.abs(self.limits), 1e-300)
+        within = np.hstack([self.costs / sizes[:, None], -np.ones((len(sizes), 1))])
+        constraints = [*self._structure(spare_columns=1), LinearConstraint(within, -np.inf, self.limits / sizes)]
+        columns = within.shape[1]
+        excess = self._milp(np.eye(columns)[-1], constraints, np.array([1.0] * (columns - 1) + [np.inf])).fun
+        if excess < 1e-6:
+            return "the budgets can be kept, but only so closely that the solver's precision fails: loosen one by a millionth"
+        names = " and ".join(f"{name!r} ({limit:,.10g})" for name, limit in zip(self.names, self.limits, strict=True))
+        return f"budgets {names} can each be kept, but not together: the nearest widths exceed one of them by {excess:.2%}"
+
+    def _cheapest(self, costs: np.ndarray) -> float:
+        """The least that these costs can come to."""
+        alone, joint = np.split(costs, [len(self.omega)])
+        if not joint.any():
+            return float(self._least(alone).sum())
+        result = self._milp(costs / _unit(costs), self._structure(), np.ones(len(costs)))
+        return float(costs[self._columns(self._chosen(result))].sum())
+
+    def _least(self, values: np.ndarray) -> np.ndarray:
+        """The least value of each group."""
+        least = np.full(self.owners.max() + 1, np.inf)
+        np.minimum.at(least, self.owners, values)
+        return least
+
+    def _chosen(self, result: OptimizeResult) -> np.ndarray:
+        return np.flatnonzero(result.x[: len(self.omega)] > 0.5)
+
+    def _columns(self, chosen: np.ndarray) -> np.ndarray:
+        """Positions of the variables that are 1: the chosen choices, and products of which both factors are chosen."""
+        products = np.flatnonzero(np.isin(self.pairs, chosen).all(axis=1))
+        return np.concatenate([chosen, len(self.omega) + products])
+
+    def _spent(self, chosen: np.ndarray) -> np.ndarray:
+        columns = self._columns(chosen)
+        return np.array([row[columns].sum() for row in self.costs])
+
+    def _structure(self, spare_columns: int = 0) -> list[LinearConstraint]:
+        """One choice for each group, and the products' marginals; `spare_columns` further variables do not take part."""
+        count, products = len(self.omega), len(self.pairs)
+        choices = csr_array((np.ones(count), (self.owners, np.arange(count))), shape=(int(self.owners.max()) + 1, count))
+        blocks = [LinearConstraint(_widened(choices, products + spare_columns), 1, 1)]
+        if products:
+            # A row for each side, choice and group on the other side.
+            keys = [
+                np.stack([np.full(products, side), self.pairs[:, side], self.owners[self.pairs[:, 1 - side]]]) for side in (0, 1)
+            ]
+            rows, first, inverse = np.unique(np.hstack(keys), axis=1, return_index=True, return_inverse=True)
+            sums = csr_array((np.ones(2 * products), (inverse.ravel(), np.tile(np.arange(products), 2))))
+            of = csr_array((-np.ones(len(first)), (np.arange(len(first)), rows[1])), shape=(len(first), count))
+            blocks.append(LinearConstraint(_widened(hstack([of, sums]), spare_columns), 0, 0))
+        return blocks
+
+    def _milp(self, objective: np.ndarray, constraints: list[LinearConstraint], upper: np.ndarray) -> OptimizeResult:
+        """HiGHS with a gap of zero, variables from 0 to `upper`; choices are whole, products and spare columns real."""
+        return milp(
+            objective,
+            constraints=constraints,
+            integrality=np.arange(len(objective)) < len(self.omega),
+            bounds=Bounds(np.zeros(len(objective)), upper),
+            options={"mip_rel_gap": 0.0},
+        )
+
+
+def _widened(matrix: csr_array, columns: int) -> csr_array:
+    return csr_array(hstack([matrix, csr_array((matrix.shape[0], columns))])) if columns else csr_array(matrix)
+
+
+def _unit(costs: np.ndarray) -> float:
+    """What to count a budget in: the largest unit that leaves whole numbers whole, else the largest cost."""
+    whole = np.round(costs)
+    if np.array_equal(whole, costs) and np.abs(whole).max() < 2**53:
+        return float(np.gcd.reduce(whole.astype(np.int64))) or 1.0
+    return float(np.abs(costs).max()) or 1.0
