@@ -4,10 +4,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, milp
+from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array, hstack, vstack
 
 _OBJECTIVE_SCALE = 1e5  # of the largest entry, where HiGHS proves to an absolute 1e-6
+_ENOUGH = 1e4  # a total this large in those units is proven to 1e-10 of itself
+_SPARE = 200  # variables that the first core has beyond those of the relaxation's optimum
 _MAX_CUTS = 100
 
 
@@ -28,36 +30,70 @@ class IntegerProgram:
     def solve(self) -> tuple[np.ndarray, float]:
         """Positions of the chosen choices and the relative gap to the proven bound; ValueError if nothing keeps the limits.
 
-        HiGHS proves optimality to an absolute 1e-6. So that this is nothing beside the total, whatever the range of the
-        table, choices that alone exceed the best total found are excluded and the rest is scaled and solved again.
+        A core comes first: the variables that the linear relaxation prices lowest. The total found there excludes all that
+        is priced above it or alone exceeds it, and the rest is solved again unless the core held it. HiGHS proves
+        optimality to an absolute 1e-6: it is repeated at a finer scale until this is nothing beside the total.
         """
-        excess = self.omega - self._least(self.omega)[self.owners]
+        excess = np.concatenate([self.omega - self._least(self.omega)[self.owners], np.zeros(len(self.pairs))])
         allowed = np.ones(len(excess), dtype=bool)
+        spare = _SPARE
         while True:
             scale = _OBJECTIVE_SCALE / (excess[allowed].max() or 1.0)
-            chosen, bound = self._solve_scaled(np.where(allowed, excess, 0.0) * scale, allowed)
-            total = excess[chosen].sum()
-            hopeless = allowed & (excess > total)
-            if not hopeless.any():
+            price = self._prices(np.where(allowed, excess, 0.0) * scale, allowed) / scale
+            last = int((price <= price.min()).sum()) + spare
+            core = allowed & (price <= np.partition(price, last)[last]) if last < len(price) else allowed
+            found = self._solve_scaled(np.where(core, excess, 0.0) * scale, core)
+            if found is None and core.all():
+                raise ValueError(self.why_infeasible())
+            if found is None:
+                spare *= 8
+                continue
+            chosen, bound = found
+            total = float(excess[chosen].sum())
+            better = allowed & (price <= total) & (excess <= total)
+            fine = total * scale >= _ENOUGH or not (excess[core] > total).any()
+            if fine and not (better & ~core).any():
                 break
-            allowed &= ~hopeless
+            allowed, spare = better, len(excess)
         objective = float(self.omega[chosen].sum())
-        return chosen, max(0.0, float(total) - bound / scale) / max(abs(objective), 1e-300)
+        return chosen, max(0.0, total - bound / scale) / max(abs(objective), 1e-300)
 
-    def _solve_scaled(self, objective: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float]:
+    def _prices(self, objective: np.ndarray, allowed: np.ndarray) -> np.ndarray:
+        """What a solution among those allowed costs at least if it uses each variable, less what rounding could change.
+
+        From the multipliers y of the linear relaxation: variables up to 1 make b . y + sum_j min(r_j, 0) with r = c - A^T y
+        a bound whatever y is (Neumaier and Shcherbina, 2004), and using variable j adds max(r_j, 0).
+        """
+        structure = self._structure()
+        equal = csr_array(vstack([block.A for block in structure]))
+        targets = np.concatenate([np.full(block.A.shape[0], block.ub) for block in structure])
+        units = np.abs(self.costs).max(axis=1, initial=0.0) + 1e-300
+        costs, limits = self.costs / units[:, None], self._tolerated() / units
+        relaxed = linprog(objective, costs, limits, equal, targets, bounds=np.stack([np.zeros(len(allowed)), allowed], axis=1))
+        if relaxed.x is None:
+            return np.full(len(objective), -np.inf)
+        lower, free = np.minimum(relaxed.ineqlin.marginals, 0.0), relaxed.eqlin.marginals
+        reduced = objective - costs.T @ lower - equal.T @ free
+        terms = np.abs(objective) + np.abs(costs.T) @ -lower + abs(equal.T) @ np.abs(free)
+        rounding = 1e-14 * (terms[allowed].sum() + np.abs(limits) @ -lower + targets @ np.abs(free))
+        bound = limits @ lower + targets @ free + np.minimum(reduced, 0.0)[allowed].sum()
+        return bound + np.maximum(reduced, 0.0) - rounding
+
+    def _tolerated(self) -> np.ndarray:
+        return self.limits + 1e-12 * np.abs(self.limits)  # costs in fractions do not add up to the last digit
+
+    def _solve_scaled(self, objective: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float] | None:
         """Positions of the choices with the least objective among those allowed, and the proven lower bound."""
-        tolerated = self.limits + 1e-12 * np.abs(self.limits)  # costs in fractions do not add up to the last digit
         units = np.array([_unit(row) for row in self.costs])
         constraints = self._structure()
         if len(self.limits):
-            constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, tolerated / units))
-        upper = np.concatenate([allowed, np.ones(len(self.pairs))])
+            constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, self._tolerated() / units))
         for _ in range(_MAX_CUTS):
-            result = self._milp(np.concatenate([objective, np.zeros(len(self.pairs))]), constraints, upper)
+            result = self._milp(objective, constraints, allowed.astype(float))
             if result.x is None:
-                raise ValueError(self.why_infeasible())
+                return None
             chosen = self._chosen(result)
-            if (self._spent(chosen) <= tolerated).all():
+            if (self._spent(chosen) <= self._tolerated()).all():
                 return chosen, float(result.mip_dual_bound)
             # Within the solver's tolerance, but over a limit in exact arithmetic: exclude this very assignment.
             cut = np.zeros((1, self.costs.shape[1]))
