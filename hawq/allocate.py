@@ -57,7 +57,7 @@ def allocate(table: Table, budgets: Sequence[Budget] = (), ties: Iterable[Sequen
     names = [budget.name for budget in budgets]
     if len(set(names)) < len(names):
         raise ValueError(f"two budgets have the same name: {', '.join(names)}")
-    choices = [(group, bits) for group in _groups(table, ties) for bits in _common_widths(table, group)]
+    choices = [(group, bits) for group in tied_groups(table, ties) for bits in common_widths(table, group)]
     chosen, gap = _program(table, budgets, choices).solve()
     widths = {name: bits for group, bits in (choices[position] for position in chosen) for name in group}
     ordered = {name: widths[name] for name in table}
@@ -102,7 +102,7 @@ def _program(table: Table, budgets: Sequence[Budget], choices: list[tuple[Group,
     )
 
 
-def _groups(table: Table, ties: Iterable[Sequence[str]]) -> list[Group]:
+def tied_groups(table: Table, ties: Iterable[Sequence[str]]) -> list[Group]:
     """The rows, tied ones together; ties that share a row merge."""
     if not table:
         raise ValueError("the sensitivity table is empty: there is no layer to allocate")
@@ -120,7 +120,7 @@ def _groups(table: Table, ties: Iterable[Sequence[str]]) -> list[Group]:
     return [tuple(sorted(group, key=order.__getitem__)) for group in unique.values()]
 
 
-def _common_widths(table: Table, group: Group) -> list[int]:
+def common_widths(table: Table, group: Group) -> list[int]:
     widths = [bits for bits in table[group[0]] if all(bits in table[name] for name in group)]
     if not widths:
         raise ValueError(f"tied layers {', '.join(group)} have no width in common")

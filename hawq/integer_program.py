@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
-from scipy.sparse import csr_array, hstack, vstack
+from scipy.sparse import csr_array
 
 _OBJECTIVE_SCALE = 1e5  # of the largest entry, where HiGHS proves to an absolute 1e-6
 _ENOUGH = 1e4  # a total this large in those units is proven to 1e-10 of itself
@@ -64,12 +64,11 @@ class IntegerProgram:
         From the multipliers y of the linear relaxation: variables up to 1 make b . y + sum_j min(r_j, 0) with r = c - A^T y
         a bound whatever y is (Neumaier and Shcherbina, 2004), and using variable j adds max(r_j, 0).
         """
-        structure = self._structure()
-        equal = csr_array(vstack([block.A for block in structure]))
-        targets = np.concatenate([np.full(block.A.shape[0], block.ub) for block in structure])
+        equal, targets = self._structure()
         units = np.abs(self.costs).max(axis=1, initial=0.0) + 1e-300
         costs, limits = self.costs / units[:, None], self._tolerated() / units
-        relaxed = linprog(objective, costs, limits, equal, targets, bounds=np.stack([np.zeros(len(allowed)), allowed], axis=1))
+        bounds = [(0.0, float(upper)) for upper in allowed]
+        relaxed = linprog(objective, costs, limits, equal, targets, bounds)  # type: ignore[call-overload]  # sparse is fine
         if relaxed.x is None:
             return np.full(len(objective), -np.inf)
         lower, free = np.minimum(relaxed.ineqlin.marginals, 0.0), relaxed.eqlin.marginals
@@ -85,7 +84,8 @@ class IntegerProgram:
     def _solve_scaled(self, objective: np.ndarray, allowed: np.ndarray) -> tuple[np.ndarray, float] | None:
         """Positions of the choices with the least objective among those allowed, and the proven lower bound."""
         units = np.array([_unit(row) for row in self.costs])
-        constraints = self._structure()
+        structure, right = self._structure()
+        constraints = [LinearConstraint(structure, right, right)]
         if len(self.limits):
             constraints.append(LinearConstraint(csr_array(self.costs / units[:, None]), -np.inf, self._tolerated() / units))
         for _ in range(_MAX_CUTS):
@@ -114,7 +114,8 @@ class IntegerProgram:
         # Each can be kept alone: find the smallest relative excess with which all can be kept together.
         sizes = np.maximum(np.abs(self.limits), 1e-300)
         within = np.hstack([self.costs / sizes[:, None], -np.ones((len(sizes), 1))])
-        constraints = [*self._structure(spare_columns=1), LinearConstraint(within, -np.inf, self.limits / sizes)]
+        structure, right = self._structure(spare_columns=1)
+        constraints = [LinearConstraint(structure, right, right), LinearConstraint(within, -np.inf, self.limits / sizes)]
         columns = within.shape[1]
         excess = self._milp(np.eye(columns)[-1], constraints, np.array([1.0] * (columns - 1) + [np.inf])).fun
         if excess < 1e-6:
@@ -127,7 +128,8 @@ class IntegerProgram:
         alone, joint = np.split(costs, [len(self.omega)])
         if not joint.any():
             return float(self._least(alone).sum())
-        result = self._milp(costs / _unit(costs), self._structure(), np.ones(len(costs)))
+        structure, right = self._structure()
+        result = self._milp(costs / _unit(costs), [LinearConstraint(structure, right, right)], np.ones(len(costs)))
         return float(costs[self._columns(self._chosen(result))].sum())
 
     def _least(self, values: np.ndarray) -> np.ndarray:
@@ -148,35 +150,36 @@ class IntegerProgram:
         columns = self._columns(chosen)
         return np.array([row[columns].sum() for row in self.costs])
 
-    def _structure(self, spare_columns: int = 0) -> list[LinearConstraint]:
-        """One choice for each group, and the products' marginals; `spare_columns` further variables do not take part."""
+    def _structure(self, spare_columns: int = 0) -> tuple[csr_array, np.ndarray]:
+        """Matrix and right side of: one choice for each group, and the products' marginals.
+
+        `spare_columns` further variables do not take part.
+        """
         count, products = len(self.omega), len(self.pairs)
-        choices = csr_array((np.ones(count), (self.owners, np.arange(count))), shape=(int(self.owners.max()) + 1, count))
-        blocks = [LinearConstraint(_widened(choices, products + spare_columns), 1, 1)]
-        if products:
-            # A row for each side, choice and group on the other side.
-            keys = [
-                np.stack([np.full(products, side), self.pairs[:, side], self.owners[self.pairs[:, 1 - side]]]) for side in (0, 1)
-            ]
-            rows, first, inverse = np.unique(np.hstack(keys), axis=1, return_index=True, return_inverse=True)
-            sums = csr_array((np.ones(2 * products), (inverse.ravel(), np.tile(np.arange(products), 2))))
-            of = csr_array((-np.ones(len(first)), (np.arange(len(first)), rows[1])), shape=(len(first), count))
-            blocks.append(LinearConstraint(_widened(hstack([of, sums]), spare_columns), 0, 0))
-        return blocks
+        # A row for each side of the products, choice on it and group on the other side.
+        sides = [
+            np.stack([np.full(products, side), self.pairs[:, side], self.owners[self.pairs[:, 1 - side]]]) for side in (0, 1)
+        ]
+        rows, row_of = np.unique(np.hstack(sides), axis=1, return_inverse=True)
+        marginals, groups = rows.shape[1], int(self.owners.max()) + 1
+        entries = [
+            (np.ones(count), self.owners, np.arange(count)),
+            (-np.ones(marginals), groups + np.arange(marginals), rows[1]),
+            (np.ones(2 * products), groups + row_of.ravel(), count + np.tile(np.arange(products), 2)),
+        ]
+        values, down, across = (np.concatenate(part) for part in zip(*entries, strict=True))
+        shape = (groups + marginals, count + products + spare_columns)
+        return csr_array((values, (down, across)), shape=shape), np.repeat([1.0, 0.0], [groups, marginals])
 
     def _milp(self, objective: np.ndarray, constraints: list[LinearConstraint], upper: np.ndarray) -> OptimizeResult:
         """HiGHS with a gap of zero, variables from 0 to `upper`; choices are whole, products and spare columns real."""
         return milp(
             objective,
             constraints=constraints,
-            integrality=np.arange(len(objective)) < len(self.omega),
+            integrality=(np.arange(len(objective)) < len(self.omega)).astype(int),
             bounds=Bounds(np.zeros(len(objective)), upper),
             options={"mip_rel_gap": 0.0},
         )
-
-
-def _widened(matrix: csr_array, columns: int) -> csr_array:
-    return csr_array(hstack([matrix, csr_array((matrix.shape[0], columns))])) if columns else csr_array(matrix)
 
 
 def _unit(costs: np.ndarray) -> float:
