@@ -36,10 +36,10 @@ class IntegerProgram:
         """
         excess = np.concatenate([self.omega - self._least(self.omega)[self.owners], np.zeros(len(self.pairs))])
         allowed = np.ones(len(excess), dtype=bool)
-        spare = _SPARE
+        spare, free = _SPARE, np.full(len(excess), -np.inf)  # a small program is its own core: nothing to price
         while True:
             scale = _OBJECTIVE_SCALE / (excess[allowed].max() or 1.0)
-            price = self._prices(np.where(allowed, excess, 0.0) * scale, allowed) / scale
+            price = self._prices(np.where(allowed, excess, 0.0) * scale, allowed) / scale if len(excess) > _SPARE else free
             last = int((price <= price.min()).sum()) + spare
             core = allowed & (price <= np.partition(price, last)[last]) if last < len(price) else allowed
             found = self._solve_scaled(np.where(core, excess, 0.0) * scale, core)
