@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hawq
+from hawq import integer_program
 from hawq.allocation import Allocation
 from tests.oracles import best_allocation
 
@@ -85,10 +87,15 @@ def joint_problems(draw):
     return table, [bops, size], ties
 
 
-@given(joint_problems())
+@given(joint_problems(), st.sampled_from([1, 200]))
 @settings(max_examples=100, deadline=None)
-def test_costs_of_two_rows_equal_brute_force(problem):
-    table, budgets, ties = problem
+def test_costs_of_two_rows_equal_brute_force(problem, spare):
+    """Also with a first core of next to nothing, which has to grow."""
+    with mock.patch.object(integer_program, "_SPARE", spare):
+        check_costs_of_two_rows(*problem)
+
+
+def check_costs_of_two_rows(table, budgets, ties):
     best = best_allocation(table, budgets, ties)
     if best is None:
         with pytest.raises(ValueError, match=r"budget|no width in common"):
@@ -111,9 +118,11 @@ def knapsack(groups: list[list[tuple[float, int]]], limit: int) -> float:
     return float(best[-1])
 
 
+@pytest.mark.parametrize("spare", [1, 200])
 @pytest.mark.parametrize("seed", range(6))
-def test_many_layers_equal_dynamic_programming(seed):
+def test_many_layers_equal_dynamic_programming(monkeypatch, seed, spare):
     """More variables than the first core holds; sensitivities over eleven decades in half of the cases."""
+    monkeypatch.setattr(integer_program, "_SPARE", spare)
     rng = np.random.default_rng(seed)
     decades, widths = (2, 11)[seed % 2], (2, 3, 4, 5, 6, 8)
     params = rng.integers(1, 40, 120)
@@ -130,8 +139,10 @@ def test_many_layers_equal_dynamic_programming(seed):
     assert found.gap <= 1e-9
 
 
+@pytest.mark.parametrize("spare", [1, 200])
 @pytest.mark.parametrize("seed", range(3))
-def test_many_layers_with_their_activations_equal_dynamic_programming(seed):
+def test_many_layers_with_their_activations_equal_dynamic_programming(monkeypatch, seed, spare):
+    monkeypatch.setattr(integer_program, "_SPARE", spare)
     rng = np.random.default_rng(seed)
     widths, count = (2, 4, 6, 8), 30
     macs = rng.integers(1, 20, count)
