@@ -45,18 +45,20 @@ class IntegerProgram:
             found = self._solve_scaled(np.where(core, excess, 0.0) * scale, core)
             if found is None and core.all():
                 raise ValueError(self.why_infeasible())
+            if found is None and (core == allowed).all():
+                break  # only the solver's tolerance can lose what it found before: that stands, with its own gap
             if found is None:
                 spare *= 8
                 continue
             chosen, bound = found
             total = float(excess[chosen].sum())
+            gap = max(0.0, total - bound / scale) / max(abs(float(self.omega[chosen].sum())), 1e-300)
             better = allowed & (price <= total) & (excess <= total)
             fine = total * scale >= _ENOUGH or not (excess[core] > total).any()
             if fine and not (better & ~core).any():
                 break
             allowed, spare = better, len(excess)
-        objective = float(self.omega[chosen].sum())
-        return chosen, max(0.0, total - bound / scale) / max(abs(objective), 1e-300)
+        return chosen, gap
 
     def _prices(self, objective: np.ndarray, allowed: np.ndarray) -> np.ndarray:
         """What a solution among those allowed costs at least if it uses each variable, less what rounding could change.

@@ -3,7 +3,8 @@
 import pytest
 
 import hawq
-from hawq.widths import allowed_widths, parse_widths
+from hawq import allowed_widths
+from hawq.widths import parse_widths
 
 
 def table() -> dict[str, dict[int, float]]:
