@@ -6,6 +6,7 @@ from hawq.model import QuantizedModel, quantize_model
 from hawq.onnx_export import export_onnx
 from hawq.sensitivity import SensitivityTable, sensitivity
 from hawq.storage import load, save
+from hawq.widths import allowed_widths
 
 __all__ = [
     "Allocation",
@@ -13,6 +14,7 @@ __all__ = [
     "QuantizedModel",
     "SensitivityTable",
     "allocate",
+    "allowed_widths",
     "export_onnx",
     "load",
     "quantize_model",

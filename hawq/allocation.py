@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hessian.files import write_atomically
 
+ACTIVATION = "activation:"  # what the rows of activations begin with
 _FORMAT = "hessianware.allocation"
 _VERSION = 1
 
@@ -22,10 +23,10 @@ class BudgetUse:
 
 @dataclass(frozen=True)
 class Allocation:
-    """Bits by layer.
+    """Bits by row: layers by name, and activations under "activation:NAME" where each has its own width.
 
     objective: the sum of the table's entries. gap: relative distance to the proven bound (at most 1e-9: optimal; None:
-    nothing is proven). activation_bits: 8, or None where activations stay in float.
+    nothing is proven). activation_bits: the width of all activations without a row, None where they stay in float.
     """
 
     bits: dict[str, int]
@@ -38,10 +39,21 @@ class Allocation:
         """The same widths, with the width of activations noted."""
         return replace(self, activation_bits=bits)
 
+    @property
+    def layers(self) -> dict[str, int]:
+        """Bits of the weights, by layer."""
+        return {name: bits for name, bits in self.bits.items() if not name.startswith(ACTIVATION)}
+
+    @property
+    def activations(self) -> dict[str, int]:
+        """Bits of the activations that have their own width, by NAME without the prefix."""
+        rows = self.bits.items()
+        return {name.removeprefix(ACTIVATION): bits for name, bits in rows if name.startswith(ACTIVATION)}
+
     def average_bits(self, num_params: Mapping[str, int]) -> float:
         """Bits a weight, over all weights of the allocated layers."""
-        total = sum(num_params[name] for name in self.bits)
-        return sum(bits * num_params[name] for name, bits in self.bits.items()) / total
+        layers = self.layers
+        return sum(bits * num_params[name] for name, bits in layers.items()) / sum(num_params[name] for name in layers)
 
     def to_json(self) -> str:
         document = {

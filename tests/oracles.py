@@ -72,11 +72,16 @@ def best_allocation(
         bits = dict(zip(names, widths, strict=True))
         if any(len({bits[name] for name in tie}) > 1 for tie in ties):
             continue
-        if any(sum(budget.costs[name][bits[name]] for name in names) > budget.limit for budget in budgets):
+        if any(_spent(budget, bits) > budget.limit for budget in budgets):
             continue
         objective = sum(table[name][bits[name]] for name in names)
         best = objective if best is None else min(best, objective)
     return best
+
+
+def _spent(budget: Budget, bits: Mapping[str, int]) -> float:
+    alone = sum(row[bits[name]] for name, row in budget.costs.items())
+    return alone + sum(costs[bits[one], bits[other]] for (one, other), costs in budget.products.items())
 
 
 def snapshot(model: nn.Module) -> dict[str, object]:

@@ -3,6 +3,7 @@
 import json
 import math
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import hawq
+from hawq import integer_program
 from hawq.allocation import Allocation
 from tests.oracles import best_allocation
 
@@ -40,7 +42,7 @@ def problems(draw):
 
 
 @given(problems())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 def test_equals_brute_force(problem):
     table, budgets, ties = problem
     best = best_allocation(table, budgets, ties)
@@ -57,6 +59,105 @@ def test_equals_brute_force(problem):
         assert found.budgets[budget.name].used == sum(budget.costs[name][bits] for name, bits in found.bits.items())
     for tie in ties:
         assert len({found.bits[name] for name in tie}) == 1
+
+
+@st.composite
+def joint_problems(draw):
+    """Up to four layers and three activations that they share, with bit operations and a size, and ties across them."""
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    layers = [f"layer{index}" for index in range(draw(st.integers(1, 4)))]
+    rows = dict.fromkeys(layers, (2, 4, 8))
+    rows |= {
+        f"activation:{index}": draw(st.sampled_from([(4, 8), (8,), (2, 4, 8)])) for index in range(draw(st.integers(1, 3)))
+    }
+    inputs = [name for name in rows if name not in layers]
+    table = {name: {bits: float(10 ** rng.uniform(-3, 0)) for bits in widths} for name, widths in rows.items()}
+    sizes = {name: {bits: int(rng.integers(1, 100)) * bits for bits in rows[name]} for name in layers}
+    products = {}
+    for name in layers:
+        for source in rng.choice(inputs, size=rng.integers(0, len(inputs) + 1), replace=False):
+            macs = int(rng.integers(1, 100)) if draw(st.booleans()) else float(rng.uniform(0.1, 10))
+            products[name, str(source)] = {(b, a): macs * b * a for b in rows[name] for a in rows[source]}
+    low = sum(min(pair.values()) for pair in products.values())
+    high = sum(max(pair.values()) for pair in products.values())
+    others = {name: dict.fromkeys(rows[name], 0.0) for name in layers if all(name != one for one, _ in products)}
+    bops = hawq.Budget("bops", others, low + rng.uniform(-0.1, 1.0) * (high - low) + 1e-6, products)
+    size = hawq.Budget("size", sizes, rng.uniform(0.9, 1.0) * sum(max(row.values()) for row in sizes.values()))
+    ties = [tie for tie in (layers[:2], inputs[:2], [layers[0], inputs[-1]]) if len(tie) > 1 and draw(st.booleans())]
+    return table, [bops, size], ties
+
+
+@given(joint_problems(), st.sampled_from([1, 200]))
+@settings(max_examples=100, deadline=None)
+def test_costs_of_two_rows_equal_brute_force(problem, spare):
+    """Also with a first core of next to nothing, which has to grow."""
+    with mock.patch.object(integer_program, "_SPARE", spare):
+        check_costs_of_two_rows(*problem)
+
+
+def check_costs_of_two_rows(table, budgets, ties):
+    best = best_allocation(table, budgets, ties)
+    if best is None:
+        with pytest.raises(ValueError, match=r"budget|no width in common"):
+            hawq.allocate(table, budgets, ties)
+        return
+    found = hawq.allocate(table, budgets, ties)
+    assert found.objective == pytest.approx(best, rel=1e-9)
+    assert found.gap is not None
+    assert found.gap <= 1e-9
+    assert all(found.budgets[budget.name].used <= budget.limit * (1 + 1e-12) for budget in budgets)
+    assert all(len({found.bits[name] for name in tie}) == 1 for tie in ties)
+
+
+def knapsack(groups: list[list[tuple[float, int]]], limit: int) -> float:
+    """The least sum of values with one (value, whole cost) of each group and costs up to `limit`, by dynamic programming."""
+    best = np.zeros(limit + 1)
+    for group in groups:
+        shifted = [np.concatenate([np.full(min(cost, limit + 1), np.inf), best])[: limit + 1] + value for value, cost in group]
+        best = np.min(shifted, axis=0)
+    return float(best[-1])
+
+
+@pytest.mark.parametrize("spare", [1, 200])
+@pytest.mark.parametrize("seed", range(6))
+def test_many_layers_equal_dynamic_programming(monkeypatch, seed, spare):
+    """More variables than the first core holds; sensitivities over eleven decades in half of the cases."""
+    monkeypatch.setattr(integer_program, "_SPARE", spare)
+    rng = np.random.default_rng(seed)
+    decades, widths = (2, 11)[seed % 2], (2, 3, 4, 5, 6, 8)
+    params = rng.integers(1, 40, 120)
+    table = {
+        str(index): {bits: 10.0 ** rng.uniform(-decades, 0) * 4.0**-bits * rng.uniform(1, 1.5) for bits in widths}
+        for index in range(len(params))
+    }
+    costs = {str(index): {bits: int(count * bits) for bits in widths} for index, count in enumerate(params)}
+    limit = int(sum(params) * rng.uniform(2.2, 6.0))
+    found = hawq.allocate(table, [hawq.Budget("size", costs, limit)])
+    groups = [[(omega, costs[name][bits]) for bits, omega in row.items()] for name, row in table.items()]
+    assert found.objective == pytest.approx(knapsack(groups, limit), rel=1e-9)
+    assert found.gap is not None
+    assert found.gap <= 1e-9
+
+
+@pytest.mark.parametrize("spare", [1, 200])
+@pytest.mark.parametrize("seed", range(3))
+def test_many_layers_with_their_activations_equal_dynamic_programming(monkeypatch, seed, spare):
+    monkeypatch.setattr(integer_program, "_SPARE", spare)
+    rng = np.random.default_rng(seed)
+    widths, count = (2, 4, 6, 8), 30
+    macs = rng.integers(1, 20, count)
+    names = [(f"layer{index}", f"activation:{index}") for index in range(count)]
+    table = {name: {bits: 4.0**-bits * rng.uniform(1, 100) for bits in widths} for pair in names for name in pair}
+    products = {
+        pair: {(b, a): int(size) * (b // 2) * (a // 2) for b in widths for a in widths}
+        for pair, size in zip(names, macs, strict=True)
+    }
+    limit = int(sum(macs) * (2.0, 4.0, 8.0)[seed])
+    found = hawq.allocate(table, [hawq.Budget("bops", {}, limit, products)])
+    groups = [[(table[w][b] + table[x][a], cost) for (b, a), cost in products[w, x].items()] for w, x in names]
+    assert found.objective == pytest.approx(knapsack(groups, limit), rel=1e-9)
+    assert found.gap is not None
+    assert found.gap <= 1e-9
 
 
 def published() -> dict:
@@ -125,6 +226,41 @@ def test_infeasible_budgets_say_by_how_much():
         hawq.allocate(table, budgets)
 
 
+def test_infeasible_products_say_by_how_much():
+    """Two layers read one activation: 10 * 2 * 4 + 5 * 2 * 4 bit operations at the least, while size keeps the layers wide."""
+    table = {"a": {2: 1.0, 4: 0.5}, "b": {2: 1.0, 4: 0.5}, "activation:x": {4: 1.0, 8: 0.1}}
+    products = {
+        (name, "activation:x"): {(b, a): macs * b * a for b in (2, 4) for a in (4, 8)} for name, macs in (("a", 10), ("b", 5))
+    }
+    with pytest.raises(ValueError, match=r"'bops' allows 100, but .* already need 120, 20 \(20.0%\) more"):
+        hawq.allocate(table, [hawq.Budget("bops", {}, 100, products)])
+    narrowness = hawq.Budget("narrowness", {name: {2: 1.0, 4: 0.0} for name in "ab"}, 0.5)  # both layers at 4 bits: 240
+    with pytest.raises(ValueError, match=r"'bops' .* and 'narrowness' .* can each be kept, but not together: .* 20.00%"):
+        hawq.allocate(table, [hawq.Budget("bops", {}, 200, products), narrowness])
+    assert hawq.allocate(table, [hawq.Budget("bops", {}, 240, products), narrowness]).bits == {
+        "a": 4,
+        "b": 4,
+        "activation:x": 4,
+    }
+
+
+def test_tied_rows_share_their_products():
+    table = {"a": {4: 1.0, 8: 0.0}, "activation:x": {4: 1.0, 8: 0.0}, "activation:y": {4: 5.0, 8: 0.0}}
+    bops = {("a", "activation:x"): {(b, x): float(b * x) for b in (4, 8) for x in (4, 8)}}
+    budget = hawq.Budget("bops", {}, 32, bops)
+    assert hawq.allocate(table, [budget]).objective == 1.0
+    assert hawq.allocate(table, [budget], [("activation:x", "activation:y")]).bits == {
+        "a": 4,
+        "activation:x": 8,
+        "activation:y": 8,
+    }
+    tied = hawq.allocate(table, [budget], [("a", "activation:x")])
+    assert tied.bits == {"a": 4, "activation:x": 4, "activation:y": 8}
+    assert tied.layers == {"a": 4}
+    assert tied.activations == {"x": 4, "y": 8}
+    assert tied.average_bits({"a": 10}) == 4.0
+
+
 @pytest.mark.parametrize(
     ("table", "budgets", "ties", "message"),
     [
@@ -136,6 +272,14 @@ def test_infeasible_budgets_say_by_how_much():
         ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: 1.0}}, math.nan)], [], "has the limit nan"),
         ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: math.inf}}, 1)], [], "at 2 bits is not finite"),
         ({"a": {2: 1.0}}, [hawq.Budget("s", {"a": {2: 1.0}}, 3)] * 2, [], "same name"),
+        ({"a": {2: 1.0}}, [hawq.Budget("s", {}, 3)], [], "no cost for layer 'a' at 2 bits"),
+        ({"a": {2: 1.0}}, [hawq.Budget("s", {}, 3, {("a", "b"): {(2, 2): 1.0}})], [], "product of 'b', which is not in"),
+        (
+            {"a": {2: 1.0}, "b": {2: 1.0, 4: 1.0}},
+            [hawq.Budget("s", {}, 3, {("a", "b"): {(2, 2): 1.0}})],
+            [],
+            "no finite cost for 'a' at 2 bits with 'b' at 4",
+        ),
     ],
 )
 def test_bad_input(table, budgets, ties, message):
