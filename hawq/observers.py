@@ -48,9 +48,7 @@ def _squared_error(flat: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int
     return (dequantize(quantize(flat, columns, 0, qmin, qmax), columns) - flat).square().sum(1)
 
 
-def activation_range(
-    values: Sequence[torch.Tensor], method: RangeMethod = "mse", *, bits: int = 8
-) -> tuple[float, float]:
+def activation_range(values: Sequence[torch.Tensor], method: RangeMethod = "mse", *, bits: int = 8) -> tuple[float, float]:
     """The range (low <= 0 <= high) that unsigned codes of so many bits should cover, for one tensor's values over many batches.
 
     `min-max`: all of them. `percentile`: all but 0.01% (of a tensor of both signs, half at either end). `mse`: the

@@ -2,8 +2,8 @@ r"""HAWQ-V2 for activations: the Hessian's trace in an activation times its mean
 
 .. math:: \Omega_k(b) = \mathrm{Tr}\big(\nabla_{a_k}^2 \ell\big) \, \frac{1}{n_k} \|Q_b(a_k) - a_k\|_2^2
 
-averaged over examples, with n_k the activation's size in one (Dong et al. 2020, section 3.4). Half of the sum over activations is
-the expected increase of the loss, in the units of the weights' table.
+averaged over examples, with n_k the activation's size in one (Dong et al. 2020, section 3.4). Half of the sum over
+activations is the expected increase of the loss, in the units of the weights' table.
 """
 
 import copy
@@ -149,8 +149,8 @@ def _mean_squared_errors(
 
 def _mean_squared_error(values: Sequence[torch.Tensor], bits: int, method: RangeMethod) -> float:
     scale, zero_point = activation_parameters(*activation_range(values, method, bits=bits), bits=bits)
-    total = sum(
-        float((dequantize(quantize(value, scale, zero_point, 0, 2**bits - 1), scale, zero_point) - value).double().square().sum())
-        for value in values
-    )
+    total = 0.0
+    for value in values:
+        rounded = dequantize(quantize(value, scale, zero_point, 0, 2**bits - 1), scale, zero_point)
+        total += float((rounded - value).double().square().sum())
     return total / sum(value.numel() for value in values)

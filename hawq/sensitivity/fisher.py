@@ -12,8 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import nn
 
-from hawq.graph import Layer, get_tensor
-from hawq.sensitivity.rounded import RoundingErrors
+from hawq.graph import Layer
+from hawq.sensitivity.rounded import RoundingError, RoundingErrors
 from hawq.sensitivity.table import SensitivityTable
 from hessian.estimators.diagonal import diagonal
 from hessian.estimators.exact_diagonal import gauss_newton_diagonal
@@ -61,5 +61,5 @@ def fisher(
     return SensitivityTable(omega, stderr, "fisher", predicts=0.5 if is_classification(loss) else None)  # type: ignore[arg-type]
 
 
-def _weighed(entries: torch.Tensor, errors: Mapping[int, object]) -> dict[int, float]:
+def _weighed(entries: torch.Tensor, errors: Mapping[int, RoundingError]) -> dict[int, float]:
     return {bits: float((entries.double() * error.weight.double().square()).sum()) for bits, error in errors.items()}

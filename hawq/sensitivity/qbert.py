@@ -8,6 +8,7 @@ and weighing the rounding error, as HAWQ-V1 does, makes it a table for layers of
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,11 +51,11 @@ def _tenths(batches: Sequence[Any], generator: torch.Generator | None) -> Iterat
         for batch, count, owner in zip(batches, counts, owners.split(counts), strict=True):
             rows = (owner == number).nonzero().squeeze(1)
             if len(rows):
-                part.append(map_tensors(lambda tensor, count=count, rows=rows: _chosen(tensor, count, rows), batch))
+                part.append(map_tensors(partial(_chosen, count=count, rows=rows), batch))
         yield part
 
 
-def _chosen(tensor: torch.Tensor, count: int, rows: torch.Tensor) -> torch.Tensor:
+def _chosen(tensor: torch.Tensor, *, count: int, rows: torch.Tensor) -> torch.Tensor:
     return tensor[rows.to(tensor.device)] if tensor.dim() and len(tensor) == count else tensor
 
 

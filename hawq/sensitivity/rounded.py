@@ -67,8 +67,8 @@ def weight_differences(
             result = rounded(name, width).detach()
             if result.shape != weight.shape or not torch.isfinite(result).all():
                 raise ValueError(
-                    f"the rounded weight of layer {name!r} at {width} bits has shape {tuple(result.shape)}, or is not finite; the "
-                    f"weight has shape {tuple(weight.shape)}: return that weight in real numbers"
+                    f"the rounded weight of layer {name!r} at {width} bits has shape {tuple(result.shape)}, or is not "
+                    f"finite; the weight has shape {tuple(weight.shape)}: return that weight in real numbers"
                 )
             differences[name][width] = RoundingError(result - weight)
     return differences
@@ -113,9 +113,8 @@ def with_bias_correction(
 
     for batch in tqdm(inputs, desc="bias corrections", unit="batch", disable=not progress):
         Recorder(graph).run(batch)
-    return {
-        name: {
-            bits: RoundingError(error.weight, -(totals[name, bits] / counts[name]).to(error.weight)) for bits, error in row.items()
-        }
-        for name, row in errors.items()
-    }
+
+    def corrected(name: str, bits: int, error: RoundingError) -> RoundingError:
+        return RoundingError(error.weight, -(totals[name, bits] / counts[name]).to(error.weight))
+
+    return {name: {bits: corrected(name, bits, error) for bits, error in row.items()} for name, row in errors.items()}

@@ -2,11 +2,12 @@ r"""The second-order term of the loss in the actual rounding error, instead of i
 
 .. math:: \Omega_i(b) = d^\top H_i\, d, \qquad d = Q_b(W_i) - W_i
 
-Half of it is the increase of the loss that the quadratic model predicts for rounding layer i alone. The layer's output changes by
-delta = d * x, linear in d; with :math:`a` the layer's output and :math:`\sum_c s_c u_c u_c^\top` the loss's second derivative in
-the outputs f, for outputs that are piecewise linear in a
+Half of it is the increase of the loss that the quadratic model predicts for rounding layer i alone. The layer's output a
+changes by delta, which is linear in d. With :math:`\sum_c s_c u_c u_c^\top` the loss's second derivative in the outputs f,
+where these are piecewise linear in a,
 
-.. math:: d^\top H_i\, d = \sum_n \sum_c s_{nc} \Big\langle \frac{\partial\, u_{nc} \cdot f_n}{\partial a_n},\, \delta_n \Big\rangle^2 :
+.. math:: d^\top H_i\, d = \sum_{n, c} s_{nc}
+          \Big\langle \frac{\partial (u_{nc} \cdot f_n)}{\partial a_n}, \delta_n \Big\rangle^2 :
 
 one backward pass an output serves all layers and widths, and each of these costs one forward pass of its own layer. Elsewhere
 it is delta times the Hessian in the layer's outputs times delta, one second backward pass for each layer and width.
@@ -97,7 +98,7 @@ def second_order(
     note = ""
     if slope > _NOTED * curvature:
         ratio = f"{slope / curvature:.0%} of" if curvature else "all beside"
-        note = f"the loss is not at a minimum: first-order terms, left out here, are {ratio} the second-order ones"
+        note = f"the loss is not at a minimum: first-order terms, left out here, add up in magnitude to {ratio} the others"
     return SensitivityTable(omega, stderr, "second-order", predicts=0.5, note=note)
 
 

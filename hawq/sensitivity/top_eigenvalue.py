@@ -44,9 +44,7 @@ def top_eigenvalues(
     return values
 
 
-def top_eigenvalue(
-    layers: Mapping[str, Layer], errors: Errors, eigenvalues: Mapping[str, TopEigenvalue]
-) -> SensitivityTable:
+def top_eigenvalue(layers: Mapping[str, Layer], errors: Errors, eigenvalues: Mapping[str, TopEigenvalue]) -> SensitivityTable:
     """The table; `stderr` is the eigenvalue's residual in the same units, a bound. An eigenvalue below that counts as it."""
     omega, stderr = {}, {}
     for name, layer in layers.items():
