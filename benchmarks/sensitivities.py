@@ -46,7 +46,7 @@ class Case:
         self.name = name
         self.task: Task = load_task(name)
         self.task.model.eval()
-        self.data = batches_of(self.task.train, 128, size=examples, generator=torch.Generator().manual_seed(0))
+        self.data = batches_of(self.task.train, examples, size=examples, generator=torch.Generator().manual_seed(0))
         self.test = batches_of(self.task.evaluation, 360)
         self.graph: fx.GraphModule = folded(self.task.model, example_inputs(self.data))
         self.layers = find_layers(self.graph)
@@ -112,7 +112,7 @@ def report(cases: Sequence[Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--examples", type=int, default=512, help="calibration examples (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=256, help="calibration examples, in one batch (default: %(default)s)")
     parser.add_argument("tasks", nargs="*", default=["digits-resnet20", "digits-mobilenet"])
     options = parser.parse_args()
     text = report([Case(name, options.examples) for name in options.tasks])
