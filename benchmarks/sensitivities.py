@@ -112,7 +112,7 @@ def report(cases: Sequence[Case]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--examples", type=int, default=256, help="calibration examples, in one batch (default: %(default)s)")
+    parser.add_argument("--examples", type=int, default=128, help="calibration examples, in one batch (default: %(default)s)")
     parser.add_argument("tasks", nargs="*", default=["digits-resnet20", "digits-mobilenet"])
     options = parser.parse_args()
     text = report([Case(name, options.examples) for name in options.tasks])

@@ -115,7 +115,7 @@ def _piecewise_linear(
         return {}, list(zeros)
     certificates = certify(outputs, zeros)  # type: ignore[arg-type]  # leaves of a graph, like parameters
     uses = {name: found.use for name, found in certificates.items() if found.use is not None and not found.reason}
-    mixing = mixing_nodes(outputs, [GradientEdge(use.node, 0) for use in uses.values()])
+    mixing = mixing_nodes(outputs, [GradientEdge(use.node, 0) for use in uses.values()]) if uses else {}
     linear = [name for name, use in uses.items() if use.node not in mixing]
     terms = {name: dict.fromkeys(row, 0.0) for name, row in changes.items() if name in linear or certificates[name].absent}
     for cotangent, sign in zip(cotangents, signs, strict=True) if linear else ():
