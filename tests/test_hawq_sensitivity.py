@@ -16,7 +16,7 @@ from hawq.fold import folded
 from hawq.graph import find_layers, get_tensor
 from hawq.observers import activation_parameters, activation_range
 from hawq.rounding import round_to_nearest
-from hawq.sensitivity import AUTO, METHODS, SensitivityTable, activation_sensitivity
+from hawq.sensitivity import METHODS, SensitivityTable, activation_sensitivity
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
 from hawq.sensitivity.qbert import qbert
 from hawq.sensitivity.rounded import rounding_errors, squares, weight_differences, with_bias_correction
@@ -337,11 +337,12 @@ def test_activation_rows_equal_the_dense_hessian_in_the_activation(curved):
     assert [f"activation:{name}" for name in quantized.quantizers()] == list(table)
     other = copy.deepcopy(model).double()
     for name, activation, rest in other.parts(inputs.double()):
-        matrix = torch.autograd.functional.hessian(lambda a, rest=rest: CROSS_ENTROPY(rest(a), targets), activation.detach())
+        activation = activation.detach()
+        matrix = torch.autograd.functional.hessian(lambda a, rest=rest: CROSS_ENTROPY(rest(a), targets), activation)
         size = activation.numel()
         trace = float(matrix.reshape(size, size).trace())
         for bits in (4, 8):
-            low, high = activation_range([activation.detach().float()], bits=bits)
+            low, high = activation_range([activation.float()], bits=bits)
             scale, zero_point = activation_parameters(low, high, bits=bits)
             codes = torch.clamp(torch.round(activation / scale) + zero_point, 0, 2**bits - 1)
             error = float(((codes - zero_point) * scale - activation).square().mean())
@@ -431,9 +432,17 @@ def test_the_model_comes_back_as_it_was():
     before = snapshot(model)
     table = hawq.sensitivity(model, CROSS_ENTROPY, (inputs, classes(3, 16)), method="auto")
     assert_unchanged(model, before)
-    assert table.method == AUTO
+    assert table.method == "second-order"
     with pytest.raises(ValueError, match="method 'hesian' is none of 'auto', 'hessian-trace'"):
         hawq.sensitivity(model, CROSS_ENTROPY, (inputs, classes(3, 16)), method="hesian")
+
+
+def test_auto_counts_outputs():
+    """65 outputs would take as many backward passes."""
+    inputs = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    for outputs, method in ((64, "second-order"), (65, "hessian-trace")):
+        table = hawq.sensitivity(nn.Linear(3, outputs), CROSS_ENTROPY, (inputs, classes(outputs, 8)), method="auto")
+        assert table.method == method
 
 
 def test_residuals_bound_the_eigenvalues_error():

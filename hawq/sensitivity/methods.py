@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hawq.affine import check_width
 from hawq.fold import folded
@@ -17,11 +17,11 @@ from hawq.sensitivity.second_order import second_order
 from hawq.sensitivity.table import SensitivityTable
 from hawq.sensitivity.top_eigenvalue import top_eigenvalue, top_eigenvalues
 from hawq.sensitivity.weight_error import weight_error
+from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.layers import layer_report
 from hessian.objective import Data, LossFunction, Objective
 
 METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order")
-AUTO = "second-order"  # benchmarks/results/sensitivities.md is why
 
 
 def sensitivity(
@@ -38,10 +38,11 @@ def sensitivity(
 ) -> SensitivityTable:
     """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
 
-    method: one of METHODS, each defined in its file of `hawq.sensitivity`; "auto" takes the one that allocated best where all
-    were measured. Batch norm is folded first. rounded: what gives a layer's weight at a width (by its name and bits, in real
-    numbers, shaped like the folded weight), by default rounding to nearest. bias_correction: for "kl" and "second-order", let
-    biases take up the change of mean outputs, as `quantize_model` does; the others look at weights alone.
+    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": "second-order", which allocates best in
+    benchmarks/results/sensitivities.md, for up to 64 outputs an example; for more "hessian-trace", whose cost does not grow with
+    layers and widths then. Batch norm is folded first. rounded: gives a layer's weight at a width (by its name and bits, in
+    real numbers, shaped like the folded weight), by default rounded to nearest. bias_correction: for "kl" and "second-order",
+    let biases take up the change of mean outputs, as `quantize_model` does; the others look at weights alone.
 
     Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
     """
@@ -49,12 +50,14 @@ def sensitivity(
         raise ValueError(f"sensitivity method {method!r} is none of {', '.join(map(repr, METHODS))}")
     for width in bits:
         check_width(width)
-    graph = folded(model, example_inputs(Objective(model, loss, data).batches()))
+    example = example_inputs(Objective(model, loss, data).batches())
+    graph = folded(model, example)
     layers = find_layers(graph)
     require_layers(layers)
     objective = Objective(graph, loss, data)
     errors = weight_differences(graph, layers, bits, rounded, progress=progress)
-    method = AUTO if method == "auto" else method
+    if method == "auto":
+        method = _automatic(graph, example[:2])
     if method in ("kl", "second-order") and bias_correction:
         inputs = [batch[0] for batch in objective.batches()]
         errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
@@ -76,3 +79,10 @@ def sensitivity(
     weights = [layer.weight for layer in layers.values()]
     report = layer_report(graph, loss, data, weights, generator=generator, progress=progress)
     return hessian_trace(layers, squares(errors), report)
+
+
+@torch.no_grad()
+def _automatic(graph: fx.GraphModule, example: torch.Tensor) -> str:
+    outputs = graph(example)
+    few = isinstance(outputs, torch.Tensor) and outputs[0].numel() <= MAX_OUTPUTS
+    return "second-order" if few else "hessian-trace"
