@@ -39,8 +39,8 @@ def sensitivity(
     """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
 
     method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": "second-order", which allocates best in
-    benchmarks/results/sensitivities.md, for up to 64 outputs an example; for more "hessian-trace", whose cost does not grow with
-    layers and widths then. Batch norm is folded first. rounded: gives a layer's weight at a width (by its name and bits, in
+    benchmarks/results/sensitivities.md, for up to 64 outputs an example; for more "hessian-trace", whose cost then grows with
+    neither layers nor widths. Batch norm is folded first. rounded: gives a layer's weight at a width (by its name and bits, in
     real numbers, shaped like the folded weight), by default rounded to nearest. bias_correction: for "kl" and "second-order",
     let biases take up the change of mean outputs, as `quantize_model` does; the others look at weights alone.
 
