@@ -48,8 +48,8 @@ def _squared_error(flat: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int
     return (dequantize(quantize(flat, columns, 0, qmin, qmax), columns) - flat).square().sum(1)
 
 
-def activation_range(values: Sequence[torch.Tensor], method: RangeMethod = "mse") -> tuple[float, float]:
-    """The range (low <= 0 <= high) that an unsigned byte should cover, for the values of one tensor over many batches.
+def activation_range(values: Sequence[torch.Tensor], method: RangeMethod = "mse", *, bits: int = 8) -> tuple[float, float]:
+    """The range (low <= 0 <= high) that unsigned codes of so many bits should cover, for one tensor's values over many batches.
 
     `min-max`: all of them. `percentile`: all but 0.01% (of a tensor of both signs, half at either end). `mse`: the
     range, shrunk towards zero, with the least squared rounding error.
@@ -66,7 +66,7 @@ def activation_range(values: Sequence[torch.Tensor], method: RangeMethod = "mse"
     if method == "percentile":
         return _percentile_range(counts, centers, low, high)
     candidates = [(fraction * low, fraction * high) for fraction in torch.linspace(0.3, 1.0, 71).tolist()]
-    errors = [float((counts * (_rounded(centers, *pair) - centers).square()).sum()) for pair in candidates]
+    errors = [float((counts * (_rounded(centers, *pair, bits) - centers).square()).sum()) for pair in candidates]
     return candidates[min(range(len(errors)), key=errors.__getitem__)]
 
 
@@ -79,13 +79,13 @@ def _percentile_range(counts: torch.Tensor, centers: torch.Tensor, low: float, h
     return min(first, 0.0), max(last, 0.0)
 
 
-def _rounded(values: torch.Tensor, low: float, high: float) -> torch.Tensor:
-    scale, zero_point = activation_parameters(low, high)
-    return dequantize(quantize(values, scale.double(), zero_point.double(), 0, 255), scale.double(), zero_point.double())
+def _rounded(values: torch.Tensor, low: float, high: float, bits: int) -> torch.Tensor:
+    scale, zero_point = (parameter.double() for parameter in activation_parameters(low, high, bits=bits))
+    return dequantize(quantize(values, scale, zero_point, 0, 2**bits - 1), scale, zero_point)
 
 
-def activation_parameters(low: float, high: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scale (float32) and zero point (uint8) of an unsigned byte that covers [low, high] and represents 0 exactly."""
-    scale = torch.tensor((high - low) / 255, dtype=torch.float32)
-    zero_point = torch.tensor(round(-low / float(scale)), dtype=torch.float32).clamp(0, 255)
+def activation_parameters(low: float, high: float, *, bits: int = 8) -> tuple[torch.Tensor, torch.Tensor]:
+    """Scale (float32) and zero point (uint8) of unsigned codes that cover [low, high] and represent 0 exactly."""
+    scale = torch.tensor((high - low) / (2**bits - 1), dtype=torch.float32)
+    zero_point = torch.tensor(round(-low / float(scale)), dtype=torch.float32).clamp(0, 2**bits - 1)
     return scale, zero_point.to(torch.uint8)

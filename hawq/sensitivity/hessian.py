@@ -1,4 +1,4 @@
-r"""HAWQ-V2: the average Hessian trace times the squared rounding error.
+r"""HAWQ-V2: the average Hessian trace times the squared rounding error (Dong et al. 2020, equation 10).
 
 .. math:: \Omega_i(b) = \frac{\mathrm{Tr}(H_i)}{n_i} \, \|Q_b(W_i) - W_i\|_2^2
 
@@ -13,7 +13,7 @@ from hessian.results import LayerReport
 
 
 def hessian_trace(layers: Mapping[str, Layer], errors: Errors, traces: LayerReport) -> SensitivityTable:
-    """The table from the layers' rounding errors and the traces of their weights.
+    """The table from the layers' squared rounding errors and the traces of their weights.
 
     A sampled trace that came out below its standard error counts as that: noise must not make a layer seem free.
     """
@@ -23,4 +23,4 @@ def hessian_trace(layers: Mapping[str, Layer], errors: Errors, traces: LayerRepo
         mean = max(row.trace, row.trace_stderr) / row.num_params
         omega[name] = {bits: mean * error for bits, error in errors[name].items()}
         stderr[name] = {bits: row.trace_stderr / row.num_params * error for bits, error in errors[name].items()}
-    return SensitivityTable(omega, stderr, "hessian-trace")
+    return SensitivityTable(omega, stderr, "hessian-trace", predicts=0.5)

@@ -3,18 +3,25 @@
 from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import fx, nn
 
 from hawq.affine import check_width
 from hawq.fold import folded
 from hawq.graph import example_inputs, find_layers, require_layers
+from hawq.sensitivity.fisher import fisher, fisher_diagonals
 from hawq.sensitivity.hessian import hessian_trace
-from hawq.sensitivity.table import SensitivityTable, rounding_errors
+from hawq.sensitivity.kl import kl
+from hawq.sensitivity.qbert import qbert, subsampled_eigenvalues
+from hawq.sensitivity.rounded import Rounded, squares, weight_differences, with_bias_correction
+from hawq.sensitivity.second_order import second_order
+from hawq.sensitivity.table import SensitivityTable
+from hawq.sensitivity.top_eigenvalue import top_eigenvalue, top_eigenvalues
 from hawq.sensitivity.weight_error import weight_error
+from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.layers import layer_report
 from hessian.objective import Data, LossFunction, Objective
 
-METHODS = ("hessian-trace", "weight-error")
+METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order")
 
 
 def sensitivity(
@@ -24,24 +31,58 @@ def sensitivity(
     *,
     bits: Sequence[int] = (2, 3, 4, 8),
     method: str = "hessian-trace",
+    rounded: Rounded | None = None,
+    bias_correction: bool = True,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SensitivityTable:
     """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
 
-    method: "hessian-trace" (HAWQ-V2, see `hawq.sensitivity.hessian`) or "weight-error". Batch norm is folded first.
+    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": "second-order", which allocates best in
+    benchmarks/results/sensitivities.md, for up to 64 outputs an example; for more "hessian-trace", whose cost then grows with
+    neither layers nor widths. Batch norm is folded first. rounded: gives a layer's weight at a width (by its name and bits, in
+    real numbers, shaped like the folded weight), by default rounded to nearest. bias_correction: for "kl" and "second-order",
+    let biases take up the change of mean outputs, as `quantize_model` does; the others look at weights alone.
+
     Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
     """
     if method not in METHODS:
         raise ValueError(f"sensitivity method {method!r} is none of {', '.join(map(repr, METHODS))}")
     for width in bits:
         check_width(width)
-    graph = folded(model, example_inputs(Objective(model, loss, data).batches()))
+    example = example_inputs(Objective(model, loss, data).batches())
+    graph = folded(model, example)
     layers = find_layers(graph)
     require_layers(layers)
-    errors = rounding_errors(graph, layers, bits)
-    if method == "weight-error":
-        return weight_error(errors)
+    objective = Objective(graph, loss, data)
+    errors = weight_differences(graph, layers, bits, rounded, progress=progress)
+    if method == "auto":
+        method = _automatic(graph, example[:2])
+    if method in ("kl", "second-order") and bias_correction:
+        inputs = [batch[0] for batch in objective.batches()]
+        errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
+    match method:
+        case "weight-error":
+            return weight_error(squares(errors))
+        case "top-eigenvalue":
+            values = top_eigenvalues(objective, layers, generator=generator, progress=progress)
+            return top_eigenvalue(layers, squares(errors), values)
+        case "q-bert":
+            samples = subsampled_eigenvalues(objective, layers, generator=generator, progress=progress)
+            return qbert(layers, squares(errors), samples)
+        case "fisher":
+            return fisher(layers, errors, fisher_diagonals(objective, layers, generator=generator, progress=progress), loss)
+        case "kl":
+            return kl(objective, layers, errors, progress=progress)
+        case "second-order":
+            return second_order(objective, layers, errors, progress=progress)
     weights = [layer.weight for layer in layers.values()]
     report = layer_report(graph, loss, data, weights, generator=generator, progress=progress)
-    return hessian_trace(layers, errors, report)
+    return hessian_trace(layers, squares(errors), report)
+
+
+@torch.no_grad()
+def _automatic(graph: fx.GraphModule, example: torch.Tensor) -> str:
+    outputs = graph(example)
+    few = isinstance(outputs, torch.Tensor) and outputs[0].numel() <= MAX_OUTPUTS
+    return "second-order" if few else "hessian-trace"

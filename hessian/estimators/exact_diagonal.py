@@ -1,10 +1,13 @@
-r"""The diagonal of the Gauss-Newton matrix without sampling: squares of per-example gradients.
+r"""The diagonal of the Gauss-Newton or empirical Fisher matrix without sampling: squares of per-example gradients.
 
 .. math:: \mathrm{diag}(G)_i = \sum_n \sum_c \Big( \frac{\partial f_n}{\partial \theta_i} \cdot u_{nc} \Big)^2,
           \qquad \sum_c u_{nc} u_{nc}^\top = \nabla_f^2 \ell_n
+
+for the Gauss-Newton matrix; `output_cotangents` tells what u is for the others.
 """
 
 from collections.abc import Mapping
+from typing import Literal
 
 import torch
 from torch import nn
@@ -18,12 +21,18 @@ from hessian.parameters import requiring_grad
 from hessian.structure import WeightUse
 
 
-def gauss_newton_diagonal(objective: Objective, parameters: Mapping[str, nn.Parameter]) -> dict[str, torch.Tensor]:
-    """The diagonal, shaped like each parameter; one backward pass an output and batch. NotExactError with the reason."""
+def gauss_newton_diagonal(
+    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Literal["exact", "empirical"] = "exact"
+) -> dict[str, torch.Tensor]:
+    """The diagonal, shaped like each parameter; NotExactError with the reason.
+
+    exact: of the Gauss-Newton matrix, one backward pass an output and batch; empirical: of the empirical Fisher matrix, one
+    an item of an example.
+    """
     diagonal = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     try:
         with requiring_grad(parameters), objective.undisturbed():
-            for part in layer_gradients(objective, parameters, "exact", seed=0):
+            for part in layer_gradients(objective, parameters, kind, seed=0):
                 with torch.no_grad():
                     for name, use in part.uses.items():
                         squares = part.weight * _squares(part, use, parameters[name])

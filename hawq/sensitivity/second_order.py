@@ -1,0 +1,150 @@
+r"""The second-order term of the loss in the actual rounding error, instead of its expectation over directions.
+
+.. math:: \Omega_i(b) = d^\top H_i\, d, \qquad d = Q_b(W_i) - W_i
+
+Half of it is the increase of the loss that the quadratic model predicts for rounding layer i alone. The layer's output a
+changes by delta, which is linear in d. With :math:`\sum_c s_c u_c u_c^\top` the loss's second derivative in the outputs f,
+where these are piecewise linear in a,
+
+.. math:: d^\top H_i\, d = \sum_{n, c} s_{nc}
+          \Big\langle \frac{\partial (u_{nc} \cdot f_n)}{\partial a_n}, \delta_n \Big\rangle^2 :
+
+one backward pass an output serves all layers and widths, and each of these costs one forward pass of its own layer. Elsewhere
+it is delta times the Hessian in the layer's outputs times delta, one second backward pass for each layer and width.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx
+from torch.autograd.graph import GradientEdge
+from tqdm.auto import tqdm
+
+from hawq.graph import Layer
+from hawq.sensitivity.rounded import RoundingErrors
+from hawq.sensitivity.table import SensitivityTable
+from hessian.estimators.exact_trace import MAX_OUTPUTS
+from hessian.estimators.example_rows import mixing_nodes
+from hessian.objective import Objective
+from hessian.operators.curvature import differentiable_twice
+from hessian.output_curvature import OutputCurvatureError, output_curvature_factors
+from hessian.output_loss import loss_in_double
+from hessian.structure import certify
+
+Terms = dict[str, dict[int, float]]
+
+_NOTED = 0.1  # of the second-order terms: from here on the reader is told of first-order ones
+
+
+class _Perturbed(fx.Interpreter):
+    """Runs a graph with a zero added to the output of every layer; keeps these zeros and the layers' inputs."""
+
+    def __init__(self, graph: fx.GraphModule, layers: Mapping[str, Layer]) -> None:
+        super().__init__(graph)
+        self.names = {layer.node.name: name for name, layer in layers.items()}
+        self.zeros: dict[str, torch.Tensor] = {}
+        self.inputs: dict[str, torch.Tensor] = {}
+
+    def run_node(self, n: fx.Node) -> Any:
+        result = super().run_node(n)
+        if n.name not in self.names:
+            return result
+        name = self.names[n.name]
+        self.inputs[name] = self.env[n.args[0]].detach()  # type: ignore[index]
+        self.zeros[name] = torch.zeros_like(result).requires_grad_(True)
+        return result + self.zeros[name]
+
+
+def loss_terms(
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
+) -> tuple[Terms, Terms]:
+    """g.d and d.H d of every layer and width over the data set, in the loss's units; no sampling error."""
+    first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
+    second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
+    graph = objective.model
+    assert isinstance(graph, fx.GraphModule)
+    with objective.undisturbed():
+        for batch, weight in tqdm(objective.weighted_batches(), desc="second order", unit="batch", disable=not progress):
+            run = _Perturbed(graph, layers)
+            outputs = run.run(batch[0])
+            with torch.no_grad():
+                changes = {
+                    name: {bits: error.of_output(layers[name], run.inputs[name]) for bits, error in row.items()}
+                    for name, row in errors.items()
+                }
+            found, curved = _piecewise_linear(objective, batch, outputs, run.zeros, changes)
+            slopes = _slopes(objective.batch_loss(outputs, batch), run.zeros, create_graph=bool(curved))
+            found |= _second_backward({name: slopes[name] for name in curved}, run.zeros, changes)
+            for name, row in changes.items():
+                for bits, change in row.items():
+                    first[name][bits] += weight * float((slopes[name].detach() * change).sum(dtype=torch.float64))
+                    second[name][bits] += weight * found[name][bits]
+    return first, second
+
+
+def second_order(
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
+) -> SensitivityTable:
+    """The table of d.H d, which is exact for the data given. Negative curvature along d counts as none.
+
+    The first-order terms are left out, as at a minimum; `note` tells where they are not small.
+    """
+    first, second = loss_terms(objective, layers, errors, progress=progress)
+    omega = {name: {bits: max(value, 0.0) for bits, value in row.items()} for name, row in second.items()}
+    stderr = {name: dict.fromkeys(row, 0.0) for name, row in omega.items()}
+    slope = sum(abs(value) for row in first.values() for value in row.values())
+    curvature = sum(value / 2 for row in omega.values() for value in row.values())
+    note = ""
+    if slope > _NOTED * curvature:
+        ratio = f"{slope / curvature:.0%} of" if curvature else "all beside"
+        note = f"the loss is not at a minimum: first-order terms, left out here, add up in magnitude to {ratio} the others"
+    return SensitivityTable(omega, stderr, "second-order", predicts=0.5, note=note)
+
+
+def _piecewise_linear(
+    objective: Objective, batch: Any, outputs: Any, zeros: Mapping[str, torch.Tensor], changes: Mapping[str, Mapping[int, Any]]
+) -> tuple[Terms, list[str]]:
+    """d.H d for one batch where the outputs are piecewise linear in a layer's output, and the layers where they are not."""
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or outputs[0].numel() > MAX_OUTPUTS:
+        return {}, list(zeros)
+    (leaf,), loss = loss_in_double(objective, outputs, batch)
+    try:
+        cotangents, signs = output_curvature_factors(leaf, loss, outputs)
+    except OutputCurvatureError:
+        return {}, list(zeros)
+    certificates = certify(outputs, zeros)  # type: ignore[arg-type]  # leaves of a graph, like parameters
+    uses = {name: found.use for name, found in certificates.items() if found.use is not None and not found.reason}
+    mixing = mixing_nodes(outputs, [GradientEdge(use.node, 0) for use in uses.values()]) if uses else {}
+    linear = [name for name, use in uses.items() if use.node not in mixing]
+    terms = {name: dict.fromkeys(row, 0.0) for name, row in changes.items() if name in linear or certificates[name].absent}
+    for cotangent, sign in zip(cotangents, signs, strict=True) if linear else ():
+        slopes = torch.autograd.grad(outputs, [zeros[name] for name in linear], grad_outputs=cotangent, retain_graph=True)
+        for name, slope in zip(linear, slopes, strict=True):
+            for bits, change in changes[name].items():
+                along = (slope * change).unflatten(0, (len(sign), -1)).flatten(1).sum(1, dtype=torch.float64)
+                terms[name][bits] += float((along.square() * sign).sum())
+    return terms, [name for name in zeros if name not in terms]
+
+
+def _slopes(loss: torch.Tensor, zeros: Mapping[str, torch.Tensor], *, create_graph: bool) -> dict[str, torch.Tensor]:
+    """The gradient of the loss in every layer's output."""
+    found = torch.autograd.grad(
+        loss, list(zeros.values()), create_graph=create_graph, allow_unused=True, materialize_grads=True
+    )
+    return dict(zip(zeros, found, strict=True))
+
+
+def _second_backward(
+    slopes: Mapping[str, torch.Tensor], zeros: Mapping[str, torch.Tensor], changes: Mapping[str, Mapping[int, torch.Tensor]]
+) -> Terms:
+    """d.H d by differentiating the gradients in the layers' outputs once more."""
+    differentiable_twice(slopes.values())
+    terms: Terms = {name: dict.fromkeys(changes[name], 0.0) for name in slopes}
+    for name, slope in slopes.items():
+        for bits, change in changes[name].items() if slope.requires_grad else ():
+            (product,) = torch.autograd.grad(
+                slope, zeros[name], grad_outputs=change, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            terms[name][bits] = float((product * change).sum(dtype=torch.float64))
+    return terms
