@@ -1,5 +1,6 @@
 """A layer by itself, exported at every width: the kernels that onnxruntime runs for it, without what surrounds them."""
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,8 +10,10 @@ import torch
 from torch import fx, nn
 
 from hawq import runtime
+from hawq.affine import signed_range
 from hawq.allocation import Allocation
 from hawq.graph import Layer, argument
+from hawq.layers import QuantizedLayer
 from hawq.model import quantize_model
 from hawq.onnx_export import to_bytes
 
@@ -90,50 +93,88 @@ def no_layer() -> SingleLayer:
 
 
 def single_layers(shape: LayerShape, bits: Sequence[int], activations: Literal[8] | None) -> list[SingleLayer]:
-    """A layer of that shape at each width, with random weights and inputs, quantized and exported as a network's layers are."""
+    """A layer of that shape at each width, with random weights and inputs, quantized and exported as a network's layers are.
+
+    It is exported once, with 8 bits; for other widths its weight is then stored as `onnx_export` stores such weights.
+    """
+    import onnx
+
     generator = torch.Generator().manual_seed(0)
-    network = _Layers(shape, len(bits), generator)
     inputs = torch.randn(shape.input, generator=generator)
-    widths = Allocation({f"layers.{position}": width for position, width in enumerate(bits)})
-    data = (inputs, torch.zeros(len(inputs)))
     quantized = quantize_model(
-        network, widths, data, activations=activations, bias_correction=False, range_method="min-max", generator=generator
+        _Network(shape, generator),
+        Allocation({"layer": 8}),
+        (inputs, torch.zeros(len(inputs))),
+        activations=activations,
+        bias_correction=False,
+        range_method="min-max",
     )
-    return _kernels(runtime.optimized(to_bytes(quantized, inputs[:2]), "all"), inputs.numpy())
+    layer = quantized.layers()["layer"]
+    exported = onnx.load_from_string(to_bytes(quantized, inputs[:2]))
+    files = (exported if width == 8 else _at_width(exported, layer, width) for width in bits)
+    return [_kernels(runtime.optimized(file.SerializeToString(), "all"), inputs.numpy()) for file in files]
 
 
-class _Layers(nn.Module):
-    """Layers of one shape that all read the input."""
+class _Network(nn.Module):
+    """A network of one layer."""
 
-    def __init__(self, shape: LayerShape, count: int, generator: torch.Generator) -> None:
+    def __init__(self, shape: LayerShape, generator: torch.Generator) -> None:
         super().__init__()
         self.shape = shape
-        self.layers = nn.ModuleList(nn.Module() for _ in range(count))
-        for layer in self.layers:
-            layer.weight = nn.Parameter(torch.randn(shape.weight, generator=generator))
-            layer.bias = nn.Parameter(torch.randn(shape.weight[0], generator=generator)) if shape.bias else None
+        self.layer = nn.Module()
+        self.layer.weight = nn.Parameter(torch.randn(shape.weight, generator=generator))
+        self.layer.bias = nn.Parameter(torch.randn(shape.weight[0], generator=generator)) if shape.bias else None
 
-    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        return tuple(self.shape.operation(x, layer.weight, layer.bias, *self.shape.settings) for layer in self.layers)
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.shape.operation(x, self.layer.weight, self.layer.bias, *self.shape.settings)
 
 
-def _kernels(model: Any, inputs: np.ndarray) -> list[SingleLayer]:
-    """For each of the model's outputs the nodes that compute it, without those that only take values there and back."""
+def _at_width(exported: Any, layer: QuantizedLayer, width: int) -> Any:
+    """The file of an 8-bit layer with its codes clipped to `width` bits and stored as such."""
+    import onnx
+
+    from hawq.onnx_rewrite import GraphRewriter, store_as_planes
+
+    narrow = copy.deepcopy(layer)
+    narrow.bits = width
+    narrow.codes.clamp_(*signed_range(width))
+    model = onnx.ModelProto()
+    model.CopyFrom(exported)
+    graph = GraphRewriter(model.graph)
+    store_as_planes(graph, "layer.codes", narrow)
+    graph.finish()
+    return model
+
+
+def _kernels(model: Any, inputs: np.ndarray) -> SingleLayer:
+    """The nodes of an executed graph without those that only take values to the kernels and back."""
+    from onnx import helper
+
     graph = model.graph
-    initializers = {tensor.name: tensor for tensor in graph.initializer}
-    producers = {name: node for node in graph.node for name in node.output}
     arrived = {graph.input[0].name}
     for node in graph.node:
         if node.op_type in _ARRIVING and node.input[0] in arrived:
             arrived.update(node.output)
-    results = []
-    for value in graph.output:
-        name = value.name
-        while producers[name].op_type in _LEAVING:
-            name = producers[name].input[0]
-        results.append(name)
-    values = _values(model, inputs, arrived | set(results))
-    return [_extract(model, producers, initializers, values, arrived, name) for name in results]
+    producers = {name: node for node in graph.node for name in node.output}
+    result = graph.output[0].name
+    while producers[result].op_type in _LEAVING:
+        result = producers[result].input[0]
+    needed, nodes = {result}, []
+    for node in reversed(graph.node):
+        if needed & set(node.output) and not arrived & set(node.output):
+            nodes.insert(0, node)
+            needed.update(node.input)
+    assert nodes, "the layer has no kernel of its own"
+    values = _values(model, inputs, (needed & arrived) | {result})
+    given = {name: values[name] for name in sorted(needed & arrived)}
+    stored = {tensor.name: tensor for tensor in graph.initializer if tensor.name in needed}
+    described = [
+        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
+        for name, value in (given | {result: values[result]}).items()
+    ]
+    cut = helper.make_graph(nodes, "layer", described[:-1], described[-1:], list(stored.values()))
+    content = helper.make_model(cut, opset_imports=model.opset_import, ir_version=model.ir_version).SerializeToString()
+    return SingleLayer(content, given, {result: values[result]}, _description(nodes, stored, values))
 
 
 def _values(model: Any, inputs: np.ndarray, names: set[str]) -> dict[str, np.ndarray]:
@@ -148,35 +189,6 @@ def _values(model: Any, inputs: np.ndarray, names: set[str]) -> dict[str, np.nda
     session = runtime.open_session(probe.SerializeToString(), level="none")
     given = {probe.graph.input[0].name: inputs}
     return given | dict(zip(wanted, session.run(None, given), strict=True))
-
-
-def _extract(
-    model: Any,
-    producers: dict[str, Any],
-    initializers: dict[str, Any],
-    values: dict[str, np.ndarray],
-    arrived: set[str],
-    result: str,
-) -> SingleLayer:
-    from onnx import helper
-
-    needed = {result}
-    nodes: list[Any] = []
-    for node in reversed(model.graph.node):
-        if needed & set(node.output) and not arrived & set(node.output):
-            nodes.insert(0, node)
-            needed.update(node.input)
-    assert nodes, "the layer has no kernel of its own"
-    inputs = {name: values[name] for name in sorted(needed & arrived)}
-    outputs = {result: values[result]}
-    described = [
-        helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(value.dtype), value.shape)
-        for name, value in (inputs | outputs).items()
-    ]
-    stored = [tensor for name, tensor in initializers.items() if name in needed]
-    graph = helper.make_graph(nodes, "layer", described[:-1], described[-1:], stored)
-    content = helper.make_model(graph, opset_imports=model.opset_import, ir_version=model.ir_version).SerializeToString()
-    return SingleLayer(content, inputs, outputs, _description(nodes, initializers, values))
 
 
 def _description(nodes: list[Any], initializers: dict[str, Any], values: dict[str, np.ndarray]) -> str:
