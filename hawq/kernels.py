@@ -148,7 +148,7 @@ class _Explanation:
 
     def _places(self) -> list[str]:
         """For each node the nearest layers that its inputs come from."""
-        origins = {name: ("the input",) for name in self.graph.inputs}
+        origins: dict[str, tuple[str, ...]] = dict.fromkeys(self.graph.inputs, ("the input",))
         places = []
         for position, node in enumerate(self.graph.nodes):
             arriving = tuple(dict.fromkeys(layer for name in node.input for layer in origins.get(name, ())))

@@ -187,9 +187,7 @@ def test_equal_weights_are_told_apart():
     with torch.no_grad():
         network[2].weight.copy_(network[0].weight)
     inputs = torch.randn(4, 8, 3, 3)
-    quantized = hawq.quantize_model(
-        network, hawq.Allocation({"0": 4, "2": 4}), (inputs, torch.zeros(4)), bias_correction=False
-    )
+    quantized = hawq.quantize_model(network, hawq.Allocation({"0": 4, "2": 4}), (inputs, torch.zeros(4)), bias_correction=False)
     content = onnx_export.to_bytes(quantized, inputs)
     names = {tensor.name for tensor in onnx.load_from_string(content).graph.initializer}
     layers = [kernel.layer for kernel in explain_kernels(content) if kernel.layer]

@@ -122,8 +122,9 @@ class _Network(nn.Module):
         super().__init__()
         self.shape = shape
         self.layer = nn.Module()
-        self.layer.weight = nn.Parameter(torch.randn(shape.weight, generator=generator))
-        self.layer.bias = nn.Parameter(torch.randn(shape.weight[0], generator=generator)) if shape.bias else None
+        self.layer.register_parameter("weight", nn.Parameter(torch.randn(shape.weight, generator=generator)))
+        bias = nn.Parameter(torch.randn(shape.weight[0], generator=generator)) if shape.bias else None
+        self.layer.register_parameter("bias", bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.shape.operation(x, self.layer.weight, self.layer.bias, *self.shape.settings)
@@ -159,7 +160,8 @@ def _kernels(model: Any, inputs: np.ndarray) -> SingleLayer:
     result = graph.output[0].name
     while producers[result].op_type in _LEAVING:
         result = producers[result].input[0]
-    needed, nodes = {result}, []
+    needed = {result}
+    nodes: list[Any] = []
     for node in reversed(graph.node):
         if needed & set(node.output) and not arrived & set(node.output):
             nodes.insert(0, node)
