@@ -110,7 +110,8 @@ class _Explanation:
         self.exported = _Graph(exported)
         self.graph = _Graph(executed.graph)
         self.types = _value_types(executed)
-        self.weights_only = not any(node.op_type == "QuantizeLinear" for node in self.exported.nodes)
+        rounds = any(node.op_type == "QuantizeLinear" for node in self.exported.nodes)
+        self.weights_only = not rounds and all(self.types[name] == "float" for name in self.graph.inputs)
         self.layers = self._name_layers()
         self.places = self._places()
 
