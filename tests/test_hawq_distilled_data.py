@@ -24,11 +24,14 @@ class FunctionalNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.conv = nn.Conv3d(2, 4, 2)
-        self.register_buffer("center", torch.tensor([0.5, -1.0, 0.0, 2.0]))
-        self.register_buffer("spread", torch.tensor([4.0, 0.25, 1.0, 0.01]))
+        self.register_buffer("center", torch.zeros(4))
+        self.register_buffer("spread", torch.ones(4))
+
+    def read(self, x: torch.Tensor) -> torch.Tensor:
+        return F.relu(self.conv(x))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.batch_norm(F.relu(self.conv(x)), self.center, self.spread).sum((2, 3, 4))
+        return F.batch_norm(self.read(x), self.center, self.spread).sum((2, 3, 4))
 
 
 def trained_statistics(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
@@ -36,6 +39,7 @@ def trained_statistics(model: nn.Module, inputs: torch.Tensor) -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
             module.momentum = None
+            module.reset_running_stats()
     with torch.no_grad():
         model.train()(inputs)
     return model.eval()
@@ -61,19 +65,21 @@ def hooked_distances(model: nn.Module, inputs: torch.Tensor) -> dict[str, float]
 
 
 def test_a_linear_layer_and_a_batch_norm_have_the_optimum_of_a_closed_form():
-    """Independent outputs can all have the stored mean and variance: the objective's minimum is 0, and it is unique in them."""
+    """Statistics that Gaussian inputs of mean mu and covariance S would have, W mu + b and diag(W S W'), are all reached."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)).eval()
-    mixing = torch.randn(5, 5, generator=seeded())
-    model = trained_statistics(model, torch.randn(500, 5, generator=seeded(1)) @ mixing + 2.0)
-    mean, std = torch.zeros(5) + 2.0, (mixing.square().sum(0)).sqrt()
-    data = distilled_data(
-        model, torch.zeros(1, 5), steps=400, input_mean=mean, input_std=std, learning_rate=0.05, generator=seeded()
-    )
-    outputs = model[0](data)
+    mixing, mean = torch.randn(5, 5), torch.randn(5)
+    covariance = mixing @ mixing.T
+    std, linear = covariance.diagonal().sqrt(), model[0]
+    with torch.no_grad():
+        model[1].running_mean.copy_(linear(mean))
+        model[1].running_var.copy_((linear.weight @ covariance @ linear.weight.T).diagonal())
+    data = distilled_data(model, torch.zeros(1, 5), steps=200, input_mean=mean, input_std=std, generator=seeded())
+    outputs = linear(data).detach()
     assert torch.allclose(outputs.mean(0), model[1].running_mean, atol=1e-3)
-    assert torch.allclose(outputs.var(0), model[1].running_var, rtol=1e-3)
-    assert torch.allclose(data.mean(0), mean, atol=1e-2)
-    assert torch.allclose(data.std(0), std, rtol=1e-2)
+    assert torch.allclose(outputs.var(0), model[1].running_var, rtol=2e-3)
+    assert torch.allclose(data.mean(0), mean, atol=1e-3)
+    assert torch.allclose(data.std(0), std, rtol=2e-3)
 
 
 def test_where_prior_and_norm_disagree_the_mean_is_halfway():
@@ -82,7 +88,7 @@ def test_where_prior_and_norm_disagree_the_mean_is_halfway():
     mu, sigma = 3.0, 2.0
     model.running_mean.fill_(mu)
     model.running_var.fill_(sigma**2)
-    data = distilled_data(model, torch.zeros(1, 1), steps=600, learning_rate=0.05, generator=seeded())
+    data = distilled_data(model, torch.zeros(1, 1), steps=300, generator=seeded())
     assert float(data.mean()) == pytest.approx((mu / sigma**2) / (1 + 1 / sigma**2), abs=1e-3)
     assert float(data.std()) == pytest.approx((1 + 1 / sigma) / (1 + 1 / sigma**2), abs=1e-3)
 
@@ -104,19 +110,21 @@ def test_distances_are_those_of_module_hooks_and_distillation_reduces_them(name)
     assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
 
 
+@torch.no_grad()
 def test_a_functional_batch_norm_in_three_dimensions():
     torch.manual_seed(0)
     model = FunctionalNorm().eval()
-    data = distilled_data(model, torch.zeros(1, 2, 3, 3, 3), steps=300, generator=seeded())
-    noise = torch.randn(64, 2, 3, 3, 3, generator=seeded())
+    real, noise = 3 * torch.randn(64, 2, 3, 3, 3) - 1, torch.randn(64, 2, 3, 3, 3)
+    model.center, model.spread = torch.var_mean(model.read(real).transpose(0, 1).flatten(1), 1)[::-1]
+    data = distilled_data(model, noise, input_mean=-1.0, input_std=3.0, steps=60, generator=seeded())
 
     def distance(x):
-        read = F.relu(model.conv(x)).detach().transpose(0, 1).flatten(1)
+        read = model.read(x).transpose(0, 1).flatten(1)
         spread = ((read.var(1) + 1e-5) / (model.spread + 1e-5)).sqrt() - 1
         return float(((read.mean(1) - model.center).square() / (model.spread + 1e-5) + spread.square()).mean())
 
     assert batch_norm_distances(model, noise) == pytest.approx({"center": distance(noise)}, rel=1e-4)
-    assert distance(data) < 0.25 * distance(noise)  # channel 1 cannot have its mean: a ReLU's output is not negative
+    assert distance(data) < 0.01 * distance(noise)
 
 
 def test_a_norm_that_runs_twice_is_compared_on_average():
@@ -157,7 +165,7 @@ def test_units_inside_the_network_do_not_matter():
 
 def test_a_generator_decides_the_data_and_batches_differ():
     model, inputs = networks.build("audio, padded inside")
-    settings = {"size": 10, "batch_size": 5, "steps": 5}
+    settings = {"size": 10, "batch_size": 5, "steps": 3}
     one, same, other = (distilled_data(model, inputs, **settings, generator=seeded(seed)) for seed in (0, 0, 1))
     assert torch.equal(one, same)
     assert not torch.equal(one, other)
@@ -223,17 +231,16 @@ def test_targets_of_other_losses():
 
 
 def test_what_cannot_be_distilled():
-    model, inputs = networks.build("conv net")
     plain = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU())
     example = torch.zeros(1, 1, 8, 8)
-    with pytest.raises(ValueError, match="no batch norm of the model has stored statistics, .*give calibration data"):
+    with pytest.raises(ValueError, match=r"no batch norm of the model has stored statistics, .*give calibration data"):
         distilled_data(plain, example)
     unstored = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4, track_running_stats=False))
     with pytest.raises(ValueError, match="track_running_stats=False"):
         distilled_data(unstored, example)
     with pytest.warns(UserWarning, match="1 batch norms normalise by the batch at hand"):
         distilled_data(nn.Sequential(unstored, nn.BatchNorm2d(4, momentum=None)), example, steps=1)
-    with pytest.raises(ValueError, match="int64 cannot be distilled.*give calibration data"):
+    with pytest.raises(ValueError, match=r"int64 cannot be distilled.*give calibration data"):
         distilled_data(nn.Embedding(9, 4), torch.zeros(1, 3, dtype=torch.int64))
     with pytest.raises(TypeError, match="not one tensor"):
         distilled_data(plain, {"input": example})
