@@ -276,10 +276,10 @@ def test_weights_that_are_damaged_are_found_at_the_norm_after_them():
 
 
 def test_quantization_without_data_is_within_a_point_of_real_data(resnet20):
-    """Sensitivities, widths (average 4 bits) and ranges from distilled data alone, against 64 training examples."""
-    inputs, targets = (torch.stack(list(map(torch.as_tensor, parts))) for parts in zip(*(resnet20.train[i] for i in range(64))))
+    """Sensitivities, widths (average 4 bits) and ranges from distilled data alone, against 32 training examples."""
+    inputs, targets = (torch.stack(list(map(torch.as_tensor, parts))) for parts in zip(*(resnet20.train[i] for i in range(32))))
     tests = [torch.stack(list(map(torch.as_tensor, parts))) for parts in zip(*resnet20.evaluation)]
-    distilled = distilled_batches(resnet20.model, resnet20.loss, inputs, steps=60, generator=seeded())
+    distilled = distilled_batches(resnet20.model, resnet20.loss, inputs, size=32, steps=40, generator=seeded())
     accuracy = {}
     for name, data in (("real", [(inputs, targets)]), ("distilled", distilled)):
         table = hawq.sensitivity(resnet20.model, resnet20.loss, data, bits=(2, 3, 4, 5, 6, 8), generator=seeded())
