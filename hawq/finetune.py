@@ -197,9 +197,7 @@ class _Training:
         state = torch.load(io.BytesIO(snapshot), map_location="cpu", weights_only=True)
         different = [name for name, value in self.key.items() if state["key"].get(name) != value]
         if different:
-            raise ValueError(
-                f"{path} is a checkpoint with other {' and '.join(different)}: name another file or delete it"
-            )
+            raise ValueError(f"{path} is a checkpoint with other {' and '.join(different)}: name another file or delete it")
         self.epoch, self.halvings = state["epoch"], state["halvings"]
         for name, parameter in self.twin.named_parameters():
             parameter.copy_(state["parameters"][name])
