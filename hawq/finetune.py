@@ -35,7 +35,7 @@ def finetune(
     loss: LossFunction,
     *,
     epochs: int,
-    learning_rate: float = 0.003,
+    learning_rate: float = 0.005,
     distillation: float = 1.0,
     order: Sequence[str] | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -271,7 +271,7 @@ def _check(
     if epochs < 0:
         raise ValueError(f"epochs={epochs}: give the number of passes over the data, 0 or more")
     if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate={learning_rate}: give a positive number, such as 0.003")
+        raise ValueError(f"learning_rate={learning_rate}: give a positive number, such as 0.005")
     if not 0 <= distillation < math.inf:
         raise ValueError(f"distillation={distillation}: give a weight of 0 or more")
     layers = find_layers(float_graph)

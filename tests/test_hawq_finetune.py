@@ -248,12 +248,10 @@ def test_refuses_the_checkpoint_of_another_training(problem: tuple[fx.GraphModul
 def test_order_is_hawq_v1s(problem: tuple[fx.GraphModule, TensorDataset]) -> None:
     graph, data = problem
     model = quantized(graph, data.tensors[0])
-    errors = {
-        name: float(
-            (layer.codes * layer.scale.view(-1, *(1,) * (layer.codes.dim() - 1)) - get_tensor(graph, f"{name}.weight")).norm()
-        )
-        for name, layer in model.layers().items()
-    }
+    errors = {}
+    for name, layer in model.layers().items():
+        scale = layer.scale.view(-1, *(1,) * (layer.codes.dim() - 1))
+        errors[name] = float((layer.codes * scale - get_tensor(graph, f"{name}.weight").detach()).norm())
     names = list(errors)
     wanted = [names[1], names[0], names[2]]
     eigenvalues = {name: (3 - wanted.index(name)) / errors[name] ** 2 for name in names}
