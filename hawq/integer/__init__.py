@@ -1,0 +1,6 @@
+"""Integer-only inference with dyadic rescaling, and its comparison with onnxruntime's integers."""
+
+from hawq.integer.dyadic import Dyadic, dyadic
+from hawq.integer.executor import IntegerModel, integer_model
+
+__all__ = ["Dyadic", "IntegerModel", "dyadic", "integer_model"]
