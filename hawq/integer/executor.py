@@ -131,7 +131,8 @@ class IntegerModel(nn.Module):
             values[node] = self._step(node, values)
             site.grids[node] = found[0]
             return
-        self._compute[node] = module if module is not None else node.target
+        target: Any = node.target
+        self._compute[node] = target if module is None else module
         reads = node.all_input_nodes
         self.float_operations[node.name] = str(node.target)
         result = values[node] = self._step(node, values)

@@ -173,7 +173,8 @@ def move(site: Site, node: fx.Node) -> tuple[Grid, Compute] | None:
     source = site.grid(node.args[0])
     if source is None:
         return None
-    function = _INTEGER_FORMS.get(node.target, node.target)
+    target: Any = node.target
+    function: Compute = _INTEGER_FORMS.get(target, target)
     if source.is_uniform or node.target in _KEEPS_CHANNELS:
         return source, function
     source, rescale = affine(site, node, [(torch.ones(()), source)], scale=site.wanted_scale(node, _COMMUTES))
