@@ -1,7 +1,7 @@
 """Integer-only inference against onnxruntime's integers and against the emulation in float, code by code.
 
-Integer kernels of onnxruntime rescale in float32: q = clip(rint(float32(acc) * float32(s_x s_w / s_y))) + z. The dyadic
-result is the exact one to 31 bits. Where the exact value lies so near to half a code that float32 cannot tell on which
+QLinearConv rescales in float32: q = clip(rint(float32(acc) * m)) + z, m = float32(float32(s_x s_w) / s_y), ties to even.
+The dyadic result is the exact one to 31 bits. Where the exact value lies so near to half a code that float32 cannot tell on which
 side, the two may differ by one: such a difference is explained. Each tensor is computed from the other's inputs, so that
 a difference is counted where it arises and not where it is handed on.
 """
@@ -19,7 +19,7 @@ from hawq.layers import ActivationQuantizer, QuantizedLayer
 from hawq.model import QuantizedModel
 
 _UNIT = 2.0**-24  # the relative error of one float32 operation
-_OPERATIONS = 16  # more than any kernel's conversions, products and additions after its sum
+_OPERATIONS = 8  # at least the conversions, products and additions of a kernel after its sum
 _CHUNK = 64
 
 
@@ -60,6 +60,21 @@ class Comparison:
     as_shipped: bool
     not_in_runtime: tuple[str, ...]
     float_operations: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = []
+        for place, rows in (("onnxruntime", self.runtime), ("emulation", self.emulation)):
+            codes, different, explained = (
+                sum(getattr(row, name) for row in rows) for name in ("codes", "different", "explained")
+            )
+            largest = max((row.largest for row in rows), default=0)
+            ties = max((row.from_tie for row in rows), default=0.0)
+            lines.append(
+                f"{place}: {different} of {codes} codes differ, by {largest} at most; {explained} explained by ties "
+                f"(at most {ties:.1e} codes from one)"
+            )
+        in_float = ", ".join(self.float_operations) or "none"
+        return "\n".join([*lines, f"operations in float: {in_float}"])
 
 
 @torch.no_grad()
@@ -161,7 +176,7 @@ class _Exact(fx.Interpreter):
     def tolerance(self, name: str, integer_kernel: bool) -> float:
         """By how many codes float32 may miss the exact value before it is rounded.
 
-        (terms + 16) u M: terms of the sum (1 for integer kernels, whose sums are exact), u = 2^-24, M the sum of the
+        (terms + 8) u M: terms of the sum (1 for integer kernels, whose sums are exact), u = 2^-24, M the sum of the
         terms' magnitudes (of the result, for integer kernels of layers).
         """
         node = self.quantizers[name]

@@ -5,7 +5,6 @@ r"""Dyadic rescaling: multiplication by a real number in integers alone.
 with rounding to nearest, ties to even, as QuantizeLinear rounds. Yao et al. 2021, HAWQ-V3, section 3.1, equation 4.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -34,40 +33,30 @@ def shift_right(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
     return up - (tie & (up & 1 == 1)).to(up.dtype)
 
 
-def dyadic(ratio: torch.Tensor, bits: int = MAX_BITS, bound: int = 1) -> Dyadic:
-    """The multiplier and shift nearest to each `ratio` (float64, positive), with multipliers of `bits` bits.
+def dyadic(ratio: torch.Tensor, bits: int = MAX_BITS, room: torch.Tensor | int = _PRODUCT_BITS) -> Dyadic:
+    """The multiplier and shift nearest to each `ratio` (float64), with multipliers of `bits` bits.
 
-    |m / 2^c - r| <= 2^-bits r, as long as c <= 62; below that ratio the error is at most 2^-63. `bound`: the largest
-    magnitude that will be multiplied; where that times m would pass 2^62, m gets fewer bits.
+    |m / 2^c - r| <= 2^-bits |r| as long as that takes c <= `room`; below it |m / 2^c - r| <= 2^-(room + 1).
 
-    Raises ValueError for ratios that are not positive and finite, or so large that no shift to the right is left.
+    Raises ValueError for ratios that are not finite, or so large that no shift to the right is left.
     """
-    if not bool((torch.isfinite(ratio) & (ratio > 0)).all()):
-        raise ValueError("a ratio of scales is zero, negative or not finite: calibrate the quantizers first")
-    bits = _affordable(bits, bound)
-    exponent = torch.frexp(ratio.double()).exponent
-    shift = (bits - exponent.long()).clamp(max=_PRODUCT_BITS)
+    ratio = ratio.double()
+    if not bool(torch.isfinite(ratio).all()):
+        raise ValueError("a ratio of scales is not finite: the quantizers are not calibrated, or a scale is 0")
+    shift = torch.minimum(bits - torch.frexp(ratio).exponent.long(), torch.as_tensor(room, device=ratio.device))
     if bool((shift < 0).any()):
-        raise ValueError(f"a ratio of scales of {float(ratio.max()):.3g} needs more than {bits} bits")
-    multiplier = torch.round(torch.ldexp(ratio.double(), shift)).long()
-    full = (multiplier == 2**bits) & (shift > 0)
+        raise ValueError(f"a ratio of scales of {float(ratio.abs().max()):.3g} needs more than {bits} bits")
+    multiplier = torch.round(torch.ldexp(ratio, shift)).long()
+    full = (multiplier.abs() == 2**bits) & (shift > 0)
     return Dyadic(torch.where(full, multiplier >> 1, multiplier), shift - full.long())
 
 
-def shared_dyadics(
-    ratios: Sequence[torch.Tensor], bits: int = MAX_BITS, bound: int = 1
-) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """Multipliers m_i (int64, signed) and one shift c for sums sum_i r_i x_i that are rounded once: sum_i m_i x_i >> c.
+def room_for(reach: torch.Tensor) -> torch.Tensor:
+    """The largest shift with which results of up to `reach` fit their 62 bits before they are shifted.
 
-    The largest |r| gets `bits` bits; |m_i / 2^c - r_i| <= 2^-bits max |r|. `bound`: the largest sum of |x_i|.
+    Raises ValueError where that leaves less than a byte behind the point.
     """
-    largest = max(float(ratio.abs().max()) for ratio in ratios) or 1.0
-    shift = dyadic(torch.tensor(largest, dtype=torch.float64), bits, bound).shift
-    return [torch.round(torch.ldexp(ratio.double(), shift)).long() for ratio in ratios], shift
-
-
-def _affordable(bits: int, bound: int) -> int:
-    left = min(bits, _PRODUCT_BITS - bound.bit_length())
-    if left < 8:
-        raise ValueError(f"integers of up to {bound:.3g} leave no room for a multiplier in 64 bits: the layer is too large")
-    return left
+    room = _PRODUCT_BITS - torch.ceil(torch.log2(reach.double() + 1)).long()
+    if bool((room < 8).any()):
+        raise ValueError(f"integers of up to {float(reach.max()):.3g} cannot be rescaled in 64 bits: the layer is too large")
+    return room

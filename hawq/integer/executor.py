@@ -50,7 +50,10 @@ class IntegerModel(nn.Module):
 
     @torch.no_grad()
     def run_integers(self, x: torch.Tensor) -> dict[str, torch.Tensor]:
-        """The integers of every node that has them: uint8 codes of quantizers, else int64 numbers of `grids` units."""
+        """The integers of every node that has them: uint8 codes of quantizers, else int64 numbers of `grids` units.
+
+        `x`: a float input, or the uint8 codes of its quantizer, from which on nothing is float but `float_operations`.
+        """
         kept: dict[str, torch.Tensor] = {}
         self._run(x, {}, kept)
         return kept
@@ -79,6 +82,8 @@ class IntegerModel(nn.Module):
                 values[node] = x
             elif node in self._results:
                 values[node] = self._results[node]
+            elif node.op == "output" and kept is not None:
+                return None
             elif node.op == "output":
                 return fx.map_arg(node.args[0], lambda read: self._real(read, values))
             else:

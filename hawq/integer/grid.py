@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from hawq.graph import only_user
-from hawq.integer.dyadic import Dyadic, shared_dyadics, shift_right
+from hawq.integer.dyadic import Dyadic, dyadic, room_for, shift_right
 from hawq.layers import ActivationQuantizer
 
 _FINE_BITS = 30  # of integers on a grid that no quantizer dictates
@@ -78,29 +78,24 @@ def affine(
     constant: torch.Tensor | None = None,
     scale: torch.Tensor | None = None,
 ) -> tuple[Grid, Compute]:
-    """sum_i f_i x_i + constant on one uniform grid, rounded once: (sum_i m_i n_i + k) >> c.
+    """sum_i f_i x_i + constant on one uniform grid, rounded once: (sum_i m_i n_i 2^(c - c_i) + k) >> c.
 
     terms: factors f_i (float64) and grids of the x_i. scale: of the result; without it one so fine that its rounding is
     far below that of 8 bits.
     """
-    offset = 0.0 if constant is None else float(constant.abs().max())
-    reach = _reach(terms) + offset
+    constant = torch.zeros_like(terms[0][0]) if constant is None else constant
+    reach = _reach(terms) + float(constant.abs().max())
     if scale is None:
         scale = torch.tensor((reach or 1.0) / 2.0**_FINE_BITS, dtype=torch.float64)
-    ratios = [factor * grid.scale / scale for factor, grid in terms]
-    largest = max(float(ratio.abs().max()) for ratio in ratios) or 1.0
-    offset_units = int(offset / float(scale) / largest) + 1  # the constant as so many of the largest term's integers
-    bound = sum(grid.bound for _, grid in terms) + offset_units
-    multipliers, shift = shared_dyadics(ratios, site.bits, bound)
-    k = None if constant is None else torch.round(torch.ldexp(constant / scale, shift)).long()
-    used = tuple(Dyadic(multiplier, shift) for multiplier in multipliers)
-    site.multipliers[node.name] = (*site.multipliers.get(node.name, ()), *used)
+    room = room_for(torch.as_tensor(reach) / scale)
+    parts = tuple(dyadic(factor * grid.scale / scale, site.bits, room) for factor, grid in terms)
+    shift = torch.stack([part.shift.max() for part in parts]).max()
+    k = torch.round(torch.ldexp(constant / scale, shift)).long()
+    site.multipliers[node.name] = (*site.multipliers.get(node.name, ()), *parts)
 
     def compute(*tensors: torch.Tensor) -> torch.Tensor:
-        total = tensors[0] * multipliers[0]
-        for tensor, multiplier in zip(tensors[1:], multipliers[1:], strict=True):
-            total = total + tensor * multiplier
-        return shift_right(total if k is None else total + k, shift)
+        products = [x * part.multiplier << (shift - part.shift) for x, part in zip(tensors, parts, strict=True)]
+        return shift_right(sum(products, k), shift)
 
     return Grid(scale, int(reach / float(scale)) + 1), compute
 

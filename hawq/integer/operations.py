@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from hawq.affine import dequantize_channels
 from hawq.graph import LAYER_OPERATIONS, aten
-from hawq.integer.dyadic import dyadic
+from hawq.integer.dyadic import dyadic, room_for
 from hawq.integer.grid import Compute, Grid, Site, affine, fine_scale
 from hawq.integer.pooling import AVERAGES, average
 from hawq.layers import ActivationQuantizer, QuantizedLayer
@@ -71,7 +71,8 @@ def quantizer(site: Site, node: fx.Node) -> tuple[Grid, Compute]:
         return grid, enter
     if source.is_uniform and bool(source.scale == scale):
         return grid, lambda x: x.clamp(low, high)
-    rescale = dyadic(source.scale / scale, site.bits, source.bound)
+    ratio = source.scale / scale
+    rescale = dyadic(ratio, site.bits, room_for(source.bound * ratio))
     site.multipliers[node.name] = (rescale,)
     return grid, lambda x: rescale(x).clamp(low, high)
 
