@@ -1,9 +1,9 @@
 """Integer-only inference against onnxruntime's integers and against the emulation in float, code by code.
 
 QLinearConv rescales in float32: q = clip(rint(float32(acc) * m)) + z, m = float32(float32(s_x s_w) / s_y), ties to even.
-The dyadic result is the exact one to 31 bits. Where the exact value lies so near to half a code that float32 cannot tell on which
-side, the two may differ by one: such a difference is explained. Each tensor is computed from the other's inputs, so that
-a difference is counted where it arises and not where it is handed on.
+The dyadic result is the exact one to 31 bits. Where the exact value lies so near to half a code that float32 cannot tell
+on which side, the two may differ by one: such a difference is explained. Each tensor is computed from the other's inputs,
+so that a difference is counted where it arises and not where it is handed on.
 """
 
 import copy

@@ -44,11 +44,12 @@ def dyadic(ratio: torch.Tensor, bits: int = MAX_BITS, room: torch.Tensor | int =
     if not bool(torch.isfinite(ratio).all()):
         raise ValueError("a ratio of scales is not finite: the quantizers are not calibrated, or a scale is 0")
     shift = torch.minimum(bits - torch.frexp(ratio).exponent.long(), torch.as_tensor(room, device=ratio.device))
+    multiplier = torch.round(torch.ldexp(ratio, shift)).long()
+    full = multiplier.abs() == 2**bits  # rounded up to one bit more
+    multiplier, shift = torch.where(full, multiplier >> 1, multiplier), shift - full.long()
     if bool((shift < 0).any()):
         raise ValueError(f"a ratio of scales of {float(ratio.abs().max()):.3g} needs more than {bits} bits")
-    multiplier = torch.round(torch.ldexp(ratio, shift)).long()
-    full = (multiplier.abs() == 2**bits) & (shift > 0)
-    return Dyadic(torch.where(full, multiplier >> 1, multiplier), shift - full.long())
+    return Dyadic(multiplier, shift)
 
 
 def room_for(reach: torch.Tensor) -> torch.Tensor:
