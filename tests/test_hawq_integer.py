@@ -317,12 +317,12 @@ def test_a_trained_residual_network(resnet20):
     assert not integer.float_operations
     with torch.no_grad():
         assert torch.equal(integer(inputs).argmax(1), network(inputs).argmax(1))
-    found = compare(network, inputs[:32])
+    found = compare(network, inputs[:16])
     assert found.as_shipped
     assert found.runtime_agreement == 1.0
     assert {row.kernel for row in found.runtime} >= {"QLinearConv", "QLinearAdd"}
     for rows in (found.runtime, found.emulation):
         codes, different = sum(row.codes for row in rows), sum(row.different for row in rows)
-        assert codes > 2_000_000
+        assert codes > 1_000_000
         assert different <= 1e-5 * codes
         assert all(row.explained == row.different and row.largest <= 1 for row in rows)

@@ -8,7 +8,8 @@ from torch import fx, nn
 from hawq.graph import get_tensor
 from hawq.integer.dyadic import MAX_BITS, Dyadic
 from hawq.integer.grid import Compute, Grid, Site
-from hawq.integer.operations import RULES, layer, quantizer
+from hawq.integer.modules import layer, quantizer
+from hawq.integer.operations import RULES
 from hawq.layers import ActivationQuantizer, QuantizedLayer
 from hawq.model import QuantizedModel
 
