@@ -75,7 +75,7 @@ class MatrixForm:
         places = x.shape[: 1 + dims]
         if positions is None:
             positions = torch.arange(prod(places), device=x.device)
-        picked = x[torch.unravel_index(positions, places)]
+        picked = x[tuple(torch.unravel_index(positions, places))]
         return picked.reshape(len(positions), self.groups, -1).transpose(0, 1)
 
     def num_positions(self, outputs: torch.Tensor) -> int:
@@ -92,7 +92,7 @@ class MatrixForm:
         if self.is_transposed:
             stride, padding, output_padding, _, dilation = (_each(value, dims) for value in self._settings())
             spread = x.new_zeros(*x.shape[:2], *((size - 1) * step + 1 for size, step in zip(x.shape[2:], stride, strict=True)))
-            spread[(..., *(slice(None, None, step) for step in stride))] = x
+            spread[(slice(None), slice(None), *(slice(None, None, step) for step in stride))] = x
             amounts = [
                 (d * (k - 1) - p, d * (k - 1) - p + extra)
                 for k, d, p, extra in zip(kernel, dilation, padding, output_padding, strict=True)

@@ -37,7 +37,12 @@ class Grid:
 
 
 def choose_grid(
-    rows: torch.Tensor, bits: int, *, importance: torch.Tensor | None = None, group_size: int | None = None, symmetric: bool = False
+    rows: torch.Tensor,
+    bits: int,
+    *,
+    importance: torch.Tensor | None = None,
+    group_size: int | None = None,
+    symmetric: bool = False,
 ) -> Grid:
     """The grid with the least squared error of rounding each row to nearest, weighted by `importance` (groups, columns).
 

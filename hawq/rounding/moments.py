@@ -2,9 +2,9 @@ r"""Second moments of a layer's inputs: all that least-squares rounding needs to
 
 With float inputs x and the inputs x̂ that have passed the rounded layers before, the error of rounded rows ŵ is
 
-.. math:: E (\hat w \hat x - w x)^2 - (E(\hat w \hat x - w x))^2 = \hat w H \hat w^T - 2\, w C \hat w^T + const,
+.. math:: E (\hat w \hat x - w x)^2 = \hat w H \hat w^T - 2\, w C \hat w^T + const, \qquad H = E \hat x \hat x^T, \; C = E x \hat x^T.
 
-H = Cov(x̂, x̂), C = Cov(x, x̂): the mean is left to the bias.
+The means stay in, although a bias could take them up: on data with other means than the calibration's, it could not.
 """
 
 from dataclasses import dataclass
@@ -55,13 +55,11 @@ class MomentCollector:
         transposed = columns.transpose(1, 2)
         second = (transposed @ columns).double()
         cross = second if quantized is x else (float_columns.transpose(1, 2) @ columns).double()
-        parts = [second, cross, columns.sum(1).double(), float_columns.sum(1).double()]
+        parts = [second, cross]
         self.count += columns.shape[1]
         self.sums = parts if self.sums is None else [total.add_(part) for total, part in zip(self.sums, parts, strict=True)]
 
     def moments(self) -> InputMoments:
         assert self.sums is not None
-        second, cross, total, float_total = (part / self.count for part in self.sums)
-        return InputMoments(
-            second - total[:, :, None] * total[:, None, :], cross - float_total[:, :, None] * total[:, None, :], self.count
-        )
+        second, cross = (part / self.count for part in self.sums)
+        return InputMoments(second, cross, self.count)

@@ -37,7 +37,7 @@ def efficientnet_lite1(*, pretrained: bool = True) -> Task:
     model.eval()
     train, evaluation = (
         _labelled(model, (random_crops(name, count, IMAGE_SIZE, seed=0) - 127) / 128)
-        for name, count in (("china.jpg", NUM_TRAIN), ("flower.jpg", NUM_EVALUATION))
+        for name, count in (("flower.jpg", NUM_TRAIN), ("china.jpg", NUM_EVALUATION))
     )
     if not pretrained:  # other weights of this network will be loaded; the targets stay those of the published ones
         model = network.from_name(NAME).eval()

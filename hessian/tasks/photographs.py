@@ -4,11 +4,11 @@ import torch
 from sklearn.datasets import load_sample_image
 from torch import nn
 
-SMALLEST_SIDE = 96  # pixels of a crop before it is resized
+SMALLEST_SIDE = 160  # pixels of a crop before it is resized: nothing is blown up much
 
 
 def random_crops(name: str, count: int, size: int, *, seed: int) -> torch.Tensor:
-    """`count` crops (count, 3, size, size) in 0..255 of "china.jpg" or "flower.jpg": any place, sides of 96 pixels up to
+    """`count` crops (count, 3, size, size) in 0..255 of "china.jpg" or "flower.jpg": any place, sides of 160 pixels up to
     the photograph's height, every second one mirrored."""
     photograph = torch.tensor(load_sample_image(name), dtype=torch.float32).permute(2, 0, 1)
     generator = torch.Generator().manual_seed(seed)
