@@ -9,7 +9,7 @@ demo: $(VENV)/installed-onnx
 	$(BIN)/python -m hawq.quantize digits-resnet20 --avg-bits 4 --activations 8 --out out/digits-resnet20 --force
 
 test: lint types
-	$(BIN)/python -m pytest --durations=10
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --durations=10
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

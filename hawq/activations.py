@@ -1,6 +1,7 @@
 """Where activations are rounded: so that every layer and every residual addition can run on integers."""
 
 import operator
+from collections.abc import Mapping
 from functools import partial
 
 import torch
@@ -17,9 +18,11 @@ _CLIPPING = frozenset((aten.relu.default, aten.hardtanh.default, aten.relu6.defa
 # Operations that only move or choose values: they keep the scale of their input, as padding with zeros does.
 _MOVING = frozenset(
     (
+        aten._unsafe_view.default,
         aten.clone.default,
         aten.contiguous.default,
         aten.dropout.default,
+        aten.expand.default,
         aten.flatten.using_ints,
         aten.max_pool1d.default,
         aten.max_pool2d.default,
@@ -38,8 +41,9 @@ _MOVING = frozenset(
 )
 
 
-def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> None:
-    """Put one ActivationQuantizer behind every tensor that a layer or residual addition reads or writes.
+def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node], bits: Mapping[str, int], default: int) -> None:
+    """Put one ActivationQuantizer behind every tensor that a layer, residual addition or product of two activations reads,
+    and that a layer or addition writes; its width is that of its name in `bits`, else `default`.
 
     A layer's or addition's output is rounded after the activation function that alone reads it; values that are moved
     (reshaped, max-pooled, padded with zeros) keep their scale and pass the same quantizer again. The output of a linear
@@ -48,19 +52,23 @@ def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node]) -> None
     integer = _integer_nodes(graph, layer_nodes)
     sources: dict[fx.Node, list[fx.Node]] = {}  # what is rounded, and where the same values arrive after moving
     for node in graph.graph.nodes:
-        if node not in integer or node.op == "placeholder" or _is_follower(node):
+        if _is_product(node):
+            inputs = node.all_input_nodes
+        elif node not in integer or node.op == "placeholder" or _is_follower(node):
             continue
-        inputs = node.all_input_nodes if _is_addition(node) else [node.args[0]]
+        else:
+            inputs = node.all_input_nodes if _is_addition(node) else [node.args[0]]
         for read in inputs:
             source = _unmoved(read)
             arrivals = sources.setdefault(source, [])
             if read is not source and read not in arrivals:
                 arrivals.append(read)
-        if not _is_linear(graph, node):
+        if not _is_linear(graph, node) and not _is_product(node):
             sources.setdefault(_after_activation(node), [])
     graph.add_module(QUANTIZERS, torch.nn.Module())
     for source, arrivals in sources.items():
-        graph.get_submodule(QUANTIZERS).add_module(source.name, ActivationQuantizer())
+        quantizer = ActivationQuantizer(bits.get(source.name, default))
+        graph.get_submodule(QUANTIZERS).add_module(source.name, quantizer)
         for node in (source, *arrivals):
             with graph.graph.inserting_after(node):
                 rounded = graph.graph.call_module(f"{QUANTIZERS}.{source.name}", (node,))
@@ -105,6 +113,15 @@ def _moves(node: fx.Node) -> bool:
 
 def _is_addition(node: fx.Node) -> bool:
     return node.op == "call_function" and node.target is aten.add.Tensor and len(node.all_input_nodes) == 2
+
+
+def _is_product(node: fx.Node) -> bool:
+    """Whether two activations are multiplied as matrices, as in attention."""
+    return (
+        node.op == "call_function"
+        and node.target in (aten.matmul.default, aten.bmm.default)
+        and all(isinstance(read, fx.Node) and read.op != "get_attr" for read in node.args)
+    )
 
 
 def _is_linear(graph: fx.GraphModule, node: fx.Node) -> bool:

@@ -5,6 +5,8 @@ r"""The arithmetic of affine quantization, as the ONNX operators define it, and 
 with rounding to nearest, ties to even.
 """
 
+from typing import Any
+
 import torch
 from torch import library
 
@@ -25,8 +27,10 @@ def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: int, qmax: int) -> torch.Tensor:
-    """Codes q of `x`, as whole numbers in x's dtype."""
+def quantize(
+    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: Any, qmax: Any
+) -> torch.Tensor:
+    """Codes q of `x`, as whole numbers in x's dtype; qmin and qmax are numbers, or tensors that broadcast to x."""
     return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
 
 
@@ -35,27 +39,35 @@ def dequantize(codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tenso
     return (codes.to(scale.dtype) - zero_point) * scale
 
 
+def spread(values: torch.Tensor, shape: tuple[int, ...], axis: int) -> torch.Tensor:
+    """Values of channels, or of channels and groups of columns, shaped to multiply a weight of that shape."""
+    if values.dim() == 2:
+        return values.repeat_interleave(shape[1] // values.shape[1], 1)
+    return values.view(*(-1 if dim == axis else 1 for dim in range(len(shape))))
+
+
 # The two operations of a quantized network as single nodes, so that an exported graph shows them as such.
 
 
-@library.custom_op("hawq::dequantize_channels", mutates_args=())
-def dequantize_channels(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """Integer codes (channels, ...) times their channel's scale (channels,)."""
-    return dequantize(codes, per_channel(scale, codes))
+@library.custom_op("hawq::dequantize_weight", mutates_args=())
+def dequantize_weight(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    """Integer codes times their scale: (channels,) along `axis`, or (channels, groups) for equal groups of columns."""
+    return codes.to(scale.dtype) * spread(scale, tuple(codes.shape), axis)
 
 
-@dequantize_channels.register_fake
-def _(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+@dequantize_weight.register_fake
+def _(codes: torch.Tensor, scale: torch.Tensor, axis: int) -> torch.Tensor:
+    del axis
     return codes.new_empty(codes.shape, dtype=scale.dtype)
 
 
 @library.custom_op("hawq::round_activation", mutates_args=())
-def round_activation(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    """`x` rounded to the 256 values of an unsigned byte with that scale and zero point (both scalars)."""
-    return dequantize(quantize(x, scale, zero_point, 0, 255), scale, zero_point)
+def round_activation(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int) -> torch.Tensor:
+    """`x` rounded to the values of an unsigned byte from 0 to qmax with that scale and zero point (both scalars)."""
+    return dequantize(quantize(x, scale, zero_point, 0, qmax), scale, zero_point)
 
 
 @round_activation.register_fake
-def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor) -> torch.Tensor:
-    del scale, zero_point
+def _(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor, qmax: int) -> torch.Tensor:
+    del scale, zero_point, qmax
     return torch.empty_like(x)

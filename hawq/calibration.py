@@ -1,7 +1,7 @@
-"""Calibration: a quantized network is run node by node over all calibration batches at once.
+"""Calibration: the float and the quantized network are run side by side, node by node, over all calibration batches.
 
-Each activation's range is chosen, and each layer's bias corrected, from inputs that have already passed the quantized
-layers before it, in one pass.
+Each weight is rounded, each bias corrected and each activation's range chosen from inputs that have already passed the
+quantized layers before it, in one pass.
 """
 
 from collections.abc import Sequence
@@ -10,94 +10,116 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from hawq.graph import get_tensor
-from hawq.layers import LAYERS, ActivationQuantizer, QuantizedLayer, channel_dim, input_quantizer
+from hawq.graph import get_tensor, input_node
+from hawq.layers import LAYERS, ActivationQuantizer, QuantizedLayer, input_quantizer
 from hawq.observers import RangeMethod, activation_range
-
-
-@torch.no_grad()
-def layer_output_means(graph: fx.GraphModule, names: dict[str, str], inputs: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The mean of each output channel of the float layers, by layer; `names` maps node names to layers."""
-    outputs: dict[str, list[tuple[torch.Tensor, int]]] = {}
-
-    class Recorder(fx.Interpreter):
-        def run_node(self, n: fx.Node) -> object:
-            result = super().run_node(n)
-            if n.name in names:
-                dim = channel_dim(n.target)
-                count = result.numel() // result.shape[dim]
-                outputs.setdefault(names[n.name], []).append((_channel_means([result], dim), count))
-            return result
-
-    for batch in inputs:
-        Recorder(graph).run(batch)
-    return {
-        name: torch.stack([mean * count for mean, count in parts]).sum(0) / sum(count for _, count in parts)
-        for name, parts in outputs.items()
-    }
+from hawq.rounding import LeastSquares
+from hawq.rounding.moments import MomentCollector
 
 
 @torch.no_grad()
 def calibrate(
     graph: fx.GraphModule,
+    float_graph: fx.GraphModule,
+    layer_nodes: dict[str, fx.Node],
     inputs: Sequence[torch.Tensor],
     *,
+    rounding: LeastSquares | None,
     range_method: RangeMethod,
-    float_means: dict[str, torch.Tensor] | None,
+    bias_correction: bool,
+    generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> None:
-    """Set every activation range and integer bias of `graph` (see `quantize_model`), first to last.
+    """Set every code, activation range and integer bias of `graph` (see `quantize_model`), first to last.
 
-    `float_means`: the float layers' mean outputs; where given, each bias takes up the difference of the means
-    (Nagel et al. 2019, section 4.2, measured on data).
+    `layer_nodes`: the nodes of `float_graph` by layer. rounding: None keeps the codes that the layers have.
+    bias_correction: each bias takes up the difference of the mean outputs (Nagel et al. 2019, section 4.2, measured on data).
     """
     for position, batch in enumerate(inputs):
         if not torch.isfinite(batch).all():
             raise ValueError(f"calibration batch {position} holds NaN or Inf: clean the data or drop the examples")
-    interpreters = [fx.Interpreter(graph) for _ in inputs]
-    for interpreter, batch in zip(interpreters, inputs, strict=True):
-        interpreter.args_iter = iter(graph.graph.process_inputs(batch))
-        interpreter.env = {}
+    quantized = _Run(graph, inputs)
+    reference = _Run(float_graph, inputs)
     seen: set[str] = set()
-    nodes = [node for node in graph.graph.nodes if node.op != "output"]
-    for node in tqdm(nodes, desc="calibration", unit="node", disable=not progress):
+    for node in tqdm(quantized.nodes, desc="calibration", unit="node", disable=not progress):
         module = graph.get_submodule(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, ActivationQuantizer) and node.target not in seen:
             seen.add(str(node.target))
-            values = [interpreter.env[node.args[0]] for interpreter in interpreters]
+            values = quantized.values(node.args[0])
             _check_finite(node, values)
-            module.set_range(*activation_range(values, range_method))
-        if isinstance(module, QuantizedLayer):
-            module.set_bias(module.real_bias(), _input_scale(graph, node))
-        for interpreter in interpreters:
+            module.set_range(*activation_range(values, range_method, bits=module.bits))
+        if not isinstance(module, QuantizedLayer):
+            quantized.step()
+            continue
+        name = str(node.target).removeprefix(f"{LAYERS}.")
+        original = layer_nodes[name]
+        if rounding is not None or bias_correction:
+            reference.run_up_to(original)
+        if rounding is not None and rounding.reads_data(module):
+            weight = get_tensor(float_graph, f"{original.args[1].target}")  # type: ignore[union-attr]
+            float_inputs = reference.values(input_node(original))
+            collector = MomentCollector(module.form, len(inputs), generator)
+            for x, rounded in zip(float_inputs, quantized.values(node.args[0]), strict=True):
+                collector.add(x, rounded)
+            module.set_codes(*rounding(weight, module.bits, module.form, collector.moments()))
+        scale = _input_scale(graph, node)
+        module.set_bias(module.real_bias(), scale)
+        quantized.step()
+        if bias_correction and module.can_have_bias:
+            _correct_bias(module, quantized, node, reference.values(original), scale)
+
+
+class _Run:
+    """A graph's values at one node after the other, for all batches at once."""
+
+    def __init__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> None:
+        self.nodes = [node for node in graph.graph.nodes if node.op != "output"]
+        self.interpreters = [fx.Interpreter(graph) for _ in inputs]
+        self.position = 0
+        for interpreter, batch in zip(self.interpreters, inputs, strict=True):
+            interpreter.args_iter = iter(graph.graph.process_inputs(batch))
+            interpreter.env = {}
+
+    def step(self) -> None:
+        """Run the next node; what only the one before it read is forgotten."""
+        if self.position:
+            done = self.nodes[self.position - 1]
+            for interpreter in self.interpreters:
+                for dead in interpreter.user_to_last_uses.get(done, []):
+                    del interpreter.env[dead]
+        node = self.nodes[self.position]
+        for interpreter in self.interpreters:
             interpreter.env[node] = interpreter.run_node(node)
-        if isinstance(module, QuantizedLayer) and float_means is not None:
-            _correct_bias(
-                module, node, interpreters, float_means[str(node.target).removeprefix(f"{LAYERS}.")], _input_scale(graph, node)
-            )
-        for interpreter in interpreters:
-            for dead in interpreter.user_to_last_uses.get(node, []):
-                del interpreter.env[dead]
+        self.position += 1
+
+    def run_up_to(self, node: fx.Node) -> None:
+        """Run all nodes up to this one, if that has not been done."""
+        while self.position <= self.nodes.index(node):
+            self.step()
+
+    def values(self, node: object) -> list[torch.Tensor]:
+        """The node's values, batch by batch."""
+        return [interpreter.env[node] for interpreter in self.interpreters]  # type: ignore[index]
+
+    def add(self, node: fx.Node, change: torch.Tensor) -> None:
+        """Add a tensor to the node's values."""
+        for interpreter in self.interpreters:
+            interpreter.env[node] = interpreter.env[node] + change
 
 
 def _correct_bias(
-    layer: QuantizedLayer,
-    node: fx.Node,
-    interpreters: Sequence[fx.Interpreter],
-    wanted: torch.Tensor,
-    scale: torch.Tensor | None,
+    layer: QuantizedLayer, run: _Run, node: fx.Node, wanted: Sequence[torch.Tensor], scale: torch.Tensor | None
 ) -> None:
-    outputs = [interpreter.env[node] for interpreter in interpreters]
+    outputs = run.values(node)
     before = layer.real_bias()
-    old = torch.zeros_like(layer.scale) if before is None else before
-    layer.set_bias(old + (wanted - _channel_means(outputs, layer.channel_dim)).to(old.dtype), scale)
+    means = _channel_means(wanted, layer.channel_dim) - _channel_means(outputs, layer.channel_dim)
+    old = torch.zeros(len(means)) if before is None else before
+    layer.set_bias(old + means.to(old.dtype), scale)
     after = layer.real_bias()
     assert after is not None
-    change = after - old
-    for interpreter, output in zip(interpreters, outputs, strict=True):
-        shape = [1] * output.dim()
-        shape[layer.channel_dim] = -1
-        interpreter.env[node] = output + change.view(shape)
+    shape = [1] * outputs[0].dim()
+    shape[layer.channel_dim] = -1
+    run.add(node, (after - old).view(shape))
 
 
 def _channel_means(outputs: Sequence[torch.Tensor], channels: int) -> torch.Tensor:

@@ -8,8 +8,8 @@ import torch
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
-from hawq.affine import dequantize, per_channel, quantize, signed_range
-from hawq.graph import find_layers, get_tensor
+from hawq.affine import dequantize, quantize, signed_range, spread
+from hawq.graph import apply_layer, find_layers, get_tensor
 from hawq.layers import LAYERS, QUANTIZERS, ActivationQuantizer, QuantizedLayer
 from hawq.model import QuantizedModel
 
@@ -20,7 +20,7 @@ class _LearnedStep(torch.autograd.Function):
     """See `round_with_learned_step`."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, low: int, high: int, gradient_scale: float) -> torch.Tensor:
+    def forward(ctx: Any, x: torch.Tensor, step: torch.Tensor, low: Any, high: Any, gradient_scale: float) -> torch.Tensor:
         ctx.save_for_backward(x, step)
         ctx.constants = low, high, gradient_scale
         return dequantize(quantize(x, step, 0, low, high), step)
@@ -37,40 +37,54 @@ class _LearnedStep(torch.autograd.Function):
         return gradient * inside, (gradient * slope).sum_to_size(step.shape) * gradient_scale, None, None, None
 
 
-def round_with_learned_step(x: torch.Tensor, step: torch.Tensor, low: int, high: int, num_values: int) -> torch.Tensor:
+def round_with_learned_step(
+    x: torch.Tensor, step: torch.Tensor, low: torch.Tensor, high: torch.Tensor, num_values: int
+) -> torch.Tensor:
     r"""`x` rounded to the multiples low * step to high * step, with the gradients of LSQ.
 
     .. math:: \hat x = s \, \mathrm{round}(\mathrm{clip}(x / s, l, h)), \qquad
         \frac{\partial \hat x}{\partial x} = [l \le x / s \le h], \qquad
         \frac{\partial \hat x}{\partial s} = \mathrm{round}(\mathrm{clip}(x / s, l, h)) - [l \le x / s \le h] \, x / s
 
-    step: positive, of a shape that broadcasts to x's. The step's gradient is multiplied by 1 / sqrt(num_values * h),
-    num_values being how many of an example's values share a step.
+    step, low, high: of shapes that broadcast to x's, the step positive. The step's gradient is multiplied by
+    1 / sqrt(num_values * h), h the largest of `high`, num_values being how many of an example's values share a step.
 
     Source: Esser et al., Learned Step Size Quantization, ICLR 2020, equations 1 to 5 and section 2.2.
     """
-    result: torch.Tensor = _LearnedStep.apply(x, step, low, high, 1 / math.sqrt(num_values * max(high, 1)))
+    result: torch.Tensor = _LearnedStep.apply(x, step, low, high, 1 / math.sqrt(num_values * max(int(high.max()), 1)))
     return result
 
 
 class TrainableLayer(nn.Module):
-    """A QuantizedLayer's trainable form: latent weights, one step for each channel, a real bias.
+    """A QuantizedLayer's trainable form: latent weights, a step where the layer has a scale, a real bias.
 
-    latent: like the weight, in units of its channel's first step, so that one learning rate fits every layer. log_step:
-    (channels,), the logarithm of the step in the same unit. rounded: whether the forward pass rounds the weight.
+    latent: like the weight, in units of its first step, so that one learning rate fits every layer. log_step: like the
+    scale, the logarithm of the step in the same unit. rounded: whether the forward pass rounds the weight.
     """
 
     unit: torch.Tensor
+    low: torch.Tensor
 
     def __init__(self, layer: QuantizedLayer, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
         super().__init__()
-        self.operation, self.settings = layer.operation, layer.settings
-        self.low, self.high = signed_range(layer.bits)
+        self.operation, self.settings, self.bits = layer.operation, layer.settings, layer.bits
+        self.channel_axis = layer.form.channel_axis
+        lowest = layer.lowest_codes()
+        least = torch.full_like(layer.scale, signed_range(layer.bits)[0]) if lowest is None else lowest.to(layer.scale)
+        self.register_buffer("low", layer.spread(least))
         self.rounded = True
         self.register_buffer("unit", layer.scale.clone())
-        self.latent = nn.Parameter(weight.detach() / per_channel(layer.scale, weight))
+        self.latent = nn.Parameter(weight.detach() / layer.spread(layer.scale))
         self.log_step = nn.Parameter(torch.zeros_like(layer.scale))
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone())
+
+    @property
+    def high(self) -> torch.Tensor:
+        """The highest codes."""
+        return self.low + (2**self.bits - 1)
+
+    def _spread(self, values: torch.Tensor) -> torch.Tensor:
+        return spread(values, tuple(self.latent.shape), self.channel_axis)
 
     def start_at(self, codes: torch.Tensor) -> None:
         """Move each latent weight as little as it takes to be rounded to its code."""
@@ -81,37 +95,39 @@ class TrainableLayer(nn.Module):
             self.latent.copy_(self.latent.clamp(lowest, highest))
 
     def scale(self) -> torch.Tensor:
-        """The step of each channel: (channels,)."""
+        """The steps, shaped like the layer's scale."""
         return self.unit * self.log_step.exp()
 
     def real_weight(self) -> torch.Tensor:
         """The weight before rounding."""
-        return self.latent * per_channel(self.unit, self.latent)
+        return self.latent * self._spread(self.unit)
 
     def codes(self) -> torch.Tensor:
         """What the weight is rounded to, in steps."""
-        return quantize(self.real_weight(), per_channel(self.scale(), self.latent), 0, self.low, self.high)
+        return quantize(self.real_weight(), self._spread(self.scale()), 0, self.low, self.high)
 
     def weight(self) -> torch.Tensor:
         """The weight of the forward pass."""
         weight = self.real_weight()
         if not self.rounded:
             return weight
-        step = per_channel(self.scale(), weight)
-        return round_with_learned_step(weight, step, self.low, self.high, weight[0].numel())
+        step = self._spread(self.scale())
+        return round_with_learned_step(weight, step, self.low, self.high, weight.numel() // self.unit.numel())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.operation(x, self.weight(), self.bias, *self.settings)
+        return apply_layer(self.operation, self.settings, x, self.weight(), self.bias)
 
 
 class TrainableQuantizer(nn.Module):
     """An ActivationQuantizer whose step is learned; its zero point stays."""
 
     unit: torch.Tensor
+    low: torch.Tensor
 
     def __init__(self, quantizer: ActivationQuantizer) -> None:
         super().__init__()
-        self.zero_point = int(quantizer.zero_point)
+        self.bits = quantizer.bits
+        self.register_buffer("low", -quantizer.zero_point.to(quantizer.scale))
         self.register_buffer("unit", quantizer.scale.clone())
         self.log_step = nn.Parameter(torch.zeros_like(quantizer.scale))
 
@@ -120,8 +136,7 @@ class TrainableQuantizer(nn.Module):
         return self.unit * self.log_step.exp()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        low, high = -self.zero_point, 255 - self.zero_point
-        return round_with_learned_step(x, self.scale(), low, high, x[0].numel())
+        return round_with_learned_step(x, self.scale(), self.low, self.low + (2**self.bits - 1), x[0].numel())
 
 
 def trainable(model: QuantizedModel, float_graph: fx.GraphModule, *, from_float: bool = False) -> fx.GraphModule:

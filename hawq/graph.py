@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from hawq.patches import TRANSPOSED, MatrixForm
+
 aten = torch.ops.aten
 
-# Operations f(input, weight, bias, ...) whose weights are quantized, output channels first.
-LAYER_OPERATIONS = frozenset(
+# Operations f(input, weight, bias, ...) whose weights are quantized.
+_MULTIPLIES = frozenset(
     (
         aten.conv1d.default,
         aten.conv1d.padding,
@@ -22,8 +24,11 @@ LAYER_OPERATIONS = frozenset(
         aten.conv3d.default,
         aten.conv3d.padding,
         aten.linear.default,
+        *TRANSPOSED,
     )
 )
+EMBEDDING = aten.embedding.default  # of (weight, indices, ...): a table that is looked up
+LAYER_OPERATIONS = _MULTIPLIES | {EMBEDDING}
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,17 @@ class Layer:
     bias: str | None
     num_params: int
     macs: int
+
+    @property
+    def form(self) -> MatrixForm:
+        """The layer as a matrix product."""
+        weight = weight_node(self.node)
+        assert weight is not None
+        return MatrixForm(self.node.target, settings(self.node), weight.meta["val"].shape)
+
+    def apply(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """The layer's operation with another weight and bias."""
+        return apply_layer(self.node.target, settings(self.node), x, weight, bias)
 
 
 def trace(model: nn.Module, example: Any) -> fx.GraphModule:
@@ -80,22 +96,63 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
 def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:
     """The quantizable layers by name, in the order of the computation.
 
-    A weight that is computed (not stored), or used by more than one operation, stays in float.
+    A weight that is computed (not stored), or used by more than one operation, stays in float, as does that of a transposed
+    convolution whose groups have several inputs and outputs.
     """
     layers: dict[str, Layer] = {}
     batch_size = next((_sizes(node)[0] for node in graph.graph.nodes if node.op == "placeholder"), 1)
     for node in graph.graph.nodes:
         if node.op != "call_function" or node.target not in LAYER_OPERATIONS:
             continue
-        weight, bias = argument(node, 1), argument(node, 2)
+        weight, bias = weight_node(node), bias_node(node)
         stored = own_tensor(weight)
         if weight is None or stored is None or (bias is not None and bias.op != "get_attr"):
             continue
-        name = stored.removesuffix(".weight")
         shape = weight.meta["val"].shape
-        macs = prod(_sizes(node)) // batch_size * prod(shape[1:])
-        layers[name] = Layer(name, node, stored, str(bias.target) if bias is not None else None, prod(shape), macs)
+        if not MatrixForm(node.target, settings(node), shape).has_channel_scales:
+            continue
+        name = stored.removesuffix(".weight")
+        bias_name = str(bias.target) if bias is not None else None
+        layers[name] = Layer(name, node, stored, bias_name, prod(shape), _macs(node, shape) // batch_size)
     return layers
+
+
+def input_node(node: fx.Node) -> fx.Node:
+    """What a layer's operation reads."""
+    read = node.args[1 if node.target is EMBEDDING else 0]
+    assert isinstance(read, fx.Node)
+    return read
+
+
+def weight_node(node: fx.Node) -> fx.Node | None:
+    """The weight of a layer's operation."""
+    return argument(node, 0 if node.target is EMBEDDING else 1)
+
+
+def bias_node(node: fx.Node) -> fx.Node | None:
+    """The bias of a layer's operation, None where it has none."""
+    return None if node.target is EMBEDDING else argument(node, 2)
+
+
+def settings(node: fx.Node) -> tuple[Any, ...]:
+    """The arguments of a layer's operation after its input, weight and bias."""
+    return tuple(node.args[2 if node.target is EMBEDDING else 3 :])
+
+
+def apply_layer(
+    operation: Any, settings: tuple[Any, ...], x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """A layer's operation on its input, weight and bias."""
+    return operation(weight, x, *settings) if operation is EMBEDDING else operation(x, weight, bias, *settings)
+
+
+def _macs(node: fx.Node, shape: torch.Size) -> int:
+    """Multiply-accumulates for the batch that the graph was traced with."""
+    if node.target is EMBEDDING:
+        return 0
+    if node.target in TRANSPOSED:
+        return prod(_sizes(input_node(node))) * prod(shape[1:])
+    return prod(_sizes(node)) * prod(shape[1:])
 
 
 def _sizes(node: fx.Node) -> list[int]:
@@ -114,7 +171,7 @@ def tied_layers(layers: dict[str, Layer]) -> list[tuple[str, ...]]:
     shortcut, the query, key and value of attention. HAWQ-V3 gives each group one width (its section 3.4)."""
     readers: dict[fx.Node, list[str]] = {}
     for layer in layers.values():
-        readers.setdefault(layer.node.args[0], []).append(layer.name)  # type: ignore[arg-type]
+        readers.setdefault(input_node(layer.node), []).append(layer.name)
     return [tuple(names) for names in readers.values() if len(names) > 1]
 
 

@@ -1,7 +1,7 @@
 """A float network made into a quantized one."""
 
 import copy
-from typing import Literal
+from collections.abc import Mapping
 
 import torch
 from torch import fx, nn
@@ -9,12 +9,13 @@ from torch import fx, nn
 from hawq.activations import insert_quantizers
 from hawq.affine import check_width
 from hawq.allocation import Allocation
-from hawq.calibration import calibrate, layer_output_means
+from hawq.augmentation import augmented
+from hawq.calibration import calibrate
 from hawq.fold import folded
-from hawq.graph import Layer, find_layers, get_tensor
+from hawq.graph import Layer, find_layers, get_tensor, input_node
 from hawq.layers import LAYERS, QUANTIZERS, ActivationQuantizer, QuantizedLayer, input_quantizer
 from hawq.observers import RangeMethod
-from hawq.rounding import ROUNDINGS
+from hawq.rounding import ROUNDINGS, LeastSquares, Rounding, round_to_nearest
 from hessian.objective import Data, Objective
 
 
@@ -59,8 +60,11 @@ def quantize_model(
     allocation: Allocation,
     calibration: Data,
     *,
-    rounding: Literal["nearest"] = "nearest",
-    activations: Literal[8] | None = 8,
+    rounding: Rounding = "gptq",
+    activations: int | None = 8,
+    symmetric: bool = False,
+    group_size: int | None = None,
+    augment: bool = True,
     bias_correction: bool = True,
     range_method: RangeMethod = "mse",
     generator: torch.Generator | None = None,
@@ -68,32 +72,47 @@ def quantize_model(
 ) -> QuantizedModel:
     """A quantized copy of `model`: batch norm folded, weights at the allocation's widths, activations at 8 bits or float.
 
-    calibration: one (inputs, targets) batch or batches, as for `hessian`; targets are not used. bias_correction: add to
-    each bias what rounding took from the channel's mean output on the calibration data. Layers that the allocation
-    does not name stay in float. `generator` is for roundings that sample; `nearest` does not.
+    calibration: one (inputs, targets) batch or batches, as for `hessian`; targets are not used. rounding: "nearest", or by
+    least squares on the outputs ("gptq", "adaround", see `hawq.rounding`), one layer after the other. activations: the
+    width of activations that the allocation does not name. symmetric: codes of every channel from -2^(bits-1) on.
+    group_size: columns of linear layers and embeddings that share a scale; such layers run in float. augment: calibrate
+    on disturbed copies of images (see `hawq.augmentation`). bias_correction: add to each bias what rounding took from the
+    channel's mean output on the calibration data. Layers that the allocation does not name stay in float.
+    `generator` draws the disturbances and the positions whose inputs are looked at; None takes the global one.
 
     Raises ValueError for a layer that the model does not have, a width outside 2 to 8, weights that are not finite, and
     activations that are not finite.
     """
-    del generator
     if rounding not in ROUNDINGS:
         raise ValueError(f"rounding {rounding!r} is none of {', '.join(map(repr, ROUNDINGS))}")
-    if activations not in (8, None):
-        raise ValueError(f"activations are quantized to 8 bits or left in float (None), not to {activations!r}")
+    if activations is not None and not 2 <= activations <= 8:
+        raise ValueError(f"activations are quantized to 2 to 8 bits or left in float (None), not to {activations!r}")
+    if group_size is not None and group_size < 1:
+        raise ValueError(f"group_size={group_size}: give a number of columns, or None for one scale a channel")
     inputs = [batch[0] for batch in Objective(model, torch.nn.functional.mse_loss, calibration).batches()]
     example = inputs[0][:2]
     graph = folded(model, example)
     layers = find_layers(graph)
     _check_allocation(allocation, layers, graph)
-    means = None
-    if bias_correction:
-        names = {layer.node.name: name for name, layer in layers.items() if name in allocation.bits}
-        means = layer_output_means(graph, names, inputs)
-    rounded = {
-        name: ROUNDINGS[rounding](get_tensor(graph, layers[name].weight), bits) for name, bits in allocation.bits.items()
-    }
-    quantized = build(graph, rounded, allocation.bits, activations, example)
-    calibrate(quantized, inputs, range_method=range_method, float_means=means, progress=progress)
+    rounded = {}
+    for name, bits in allocation.layers.items():
+        weight = get_tensor(graph, layers[name].weight)
+        rounded[name] = round_to_nearest(weight, bits, layers[name].form, symmetric=symmetric, group_size=group_size)
+    quantized = build(graph, rounded, allocation.layers, activations, example, allocation.activations)
+    for name in allocation.activations:
+        if name not in quantized.quantizers():
+            raise ValueError(f"the allocation names the activation {name!r}; those are {', '.join(quantized.quantizers())}")
+    calibrate(
+        quantized,
+        graph,
+        {name: layers[name].node for name in allocation.layers},
+        augmented(inputs, generator) if augment else inputs,
+        rounding=None if rounding == "nearest" else LeastSquares(rounding, symmetric, group_size),
+        range_method=range_method,
+        bias_correction=bias_correction,
+        generator=generator,
+        progress=progress,
+    )
     return quantized
 
 
@@ -103,39 +122,44 @@ def build(
     bits: dict[str, int],
     activation_bits: int | None,
     example: torch.Tensor,
+    activation_widths: Mapping[str, int] | None = None,
 ) -> QuantizedModel:
-    """A folded graph with its layers replaced by integer ones and activation quantizers, yet uncalibrated, put in."""
+    """A folded graph with its layers replaced by integer ones and activation quantizers, yet uncalibrated, put in.
+
+    activation_widths: bits of quantizers by name, where they differ from `activation_bits`.
+    """
     result = copy.deepcopy(graph)
     layers = {name: layer for name, layer in find_layers(result).items() if name in bits}
     result.add_module(LAYERS, nn.Module())
     for name in sorted(layers):  # an outer module before those inside it
-        operation, settings = layers[name].node.target, tuple(layers[name].node.args[3:])
-        module = QuantizedLayer(operation, settings, *rounded[name], bits[name])
+        form = layers[name].form
+        module = QuantizedLayer(form.operation, form.settings, *rounded[name], bits[name])
         bias = layers[name].bias
         module.set_bias(get_tensor(result, bias).detach().clone() if bias else None, None)
         result.add_submodule(f"{LAYERS}.{name}", module)
     nodes = []
     for name, layer in layers.items():
         with result.graph.inserting_before(layer.node):
-            node = result.graph.call_module(f"{LAYERS}.{name}", (layer.node.args[0],))
+            node = result.graph.call_module(f"{LAYERS}.{name}", (input_node(layer.node),))
         node.meta = dict(layer.node.meta)
         layer.node.replace_all_uses_with(node)
         result.graph.erase_node(layer.node)
-        nodes.append(node)
+        if result.get_submodule(f"{LAYERS}.{name}").can_have_bias:
+            nodes.append(node)
     result.graph.eliminate_dead_code()
     if activation_bits is not None:
-        insert_quantizers(result, nodes)
+        insert_quantizers(result, nodes, activation_widths or {}, activation_bits)
     result.graph.lint()
     return QuantizedModel.wrap(result, dict(bits), activation_bits, example)
 
 
 def _check_allocation(allocation: Allocation, layers: dict[str, Layer], graph: fx.GraphModule) -> None:
-    unknown = [name for name in allocation.bits if name not in layers]
+    unknown = [name for name in allocation.layers if name not in layers]
     if unknown:
         raise ValueError(f"the allocation names {unknown[0]!r}, which is no quantizable layer; those are {', '.join(layers)}")
-    if not allocation.bits:
+    if not allocation.layers:
         raise ValueError("the allocation is empty: there is no layer to quantize")
-    for name, bits in allocation.bits.items():
+    for name, bits in allocation.layers.items():
         check_width(bits)
         weight = get_tensor(graph, layers[name].weight)
         if not torch.isfinite(weight).all():

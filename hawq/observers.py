@@ -1,51 +1,16 @@
-"""Ranges: from a tensor's values to the scale (and zero point) that represents them best."""
+"""Ranges of activations: from a tensor's values to the scale and zero point that represent them best."""
 
 from collections.abc import Sequence
 from typing import Literal
 
 import torch
 
-from hawq.affine import dequantize, per_channel, quantize, signed_range
+from hawq.affine import dequantize, quantize
 
 RangeMethod = Literal["min-max", "percentile", "mse"]
 
-_WEIGHT_CANDIDATES = 64
-_ZERO_CHANNEL_SCALE = 1e-8
 _BINS = 4096
 _PERCENTILE = 0.9999
-
-
-def weight_scale(weight: torch.Tensor, bits: int) -> torch.Tensor:
-    """The symmetric scale of each output channel with the least squared rounding error: (channels,).
-
-    A grid of clipping points between a fifth and all of the channel's largest magnitude, then the least-squares scale
-    for the codes found, <w, q> / <q, q>. A channel of zeros gets a scale so small that its bias stays exact.
-    """
-    qmin, qmax = signed_range(bits)
-    flat = weight.detach().flatten(1)
-    largest = flat.abs().amax(1)
-    best = torch.where(largest > 0, largest / -qmin, torch.full_like(largest, _ZERO_CHANNEL_SCALE))
-    least = _squared_error(flat, best, qmin, qmax)
-    for step in range(1, _WEIGHT_CANDIDATES + 1):
-        fraction = 0.2 + 0.8 * step / _WEIGHT_CANDIDATES
-        # The largest weight may lie half a step beyond either end of the codes.
-        candidate = torch.where(largest > 0, fraction * largest / (qmax + 0.5), best)
-        for scale in (candidate, _least_squares_scale(flat, candidate, qmin, qmax)):
-            error = _squared_error(flat, scale, qmin, qmax)
-            better = error < least
-            best, least = torch.where(better, scale, best), torch.where(better, error, least)
-    return best
-
-
-def _least_squares_scale(flat: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
-    codes = quantize(flat, scale.unsqueeze(1), 0, qmin, qmax)
-    fitted = (flat * codes).sum(1) / codes.square().sum(1)
-    return torch.where(torch.isfinite(fitted) & (fitted > 0), fitted, scale)
-
-
-def _squared_error(flat: torch.Tensor, scale: torch.Tensor, qmin: int, qmax: int) -> torch.Tensor:
-    columns = per_channel(scale, flat)
-    return (dequantize(quantize(flat, columns, 0, qmin, qmax), columns) - flat).square().sum(1)
 
 
 def activation_range(values: Sequence[torch.Tensor], method: RangeMethod = "mse", *, bits: int = 8) -> tuple[float, float]:

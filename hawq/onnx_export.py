@@ -45,14 +45,17 @@ def to_bytes(model: nn.Module, example_input: torch.Tensor) -> bytes:
     graph = onnx_rewrite.GraphRewriter(proto.graph)
     if isinstance(model, QuantizedModel):
         if model.activation_bits is None:
-            onnx_rewrite.multiply_scales(graph)
+            in_float = model.layers()
         else:
             onnx_rewrite.multiply_integers(graph)
             scales = {name: f"{quantizer}.scale" for name, quantizer in model.input_quantizers().items()}
             onnx_rewrite.derive_bias_scales(graph, scales)
+            in_float = {name: layer for name, layer in model.layers().items() if not layer.has_integer_kernel}
+        onnx_rewrite.multiply_scales(graph, in_float)
         for name, layer in model.layers().items():
             if layer.bits < 8:
                 onnx_rewrite.store_as_planes(graph, f"{LAYERS}.{name}.codes", layer)
+        onnx_rewrite.compact_scales(graph)
     graph.finish()
     proto.metadata_props.clear()
     onnx.checker.check_model(proto)
@@ -87,15 +90,21 @@ def _export(model: nn.Module, example_input: torch.Tensor) -> Any:
 
 
 def _translations() -> dict[Any, Any]:
+    from onnx import TensorProto, helper
     from onnxscript import opset21 as op
 
-    def dequantize_channels(codes: Any, scale: Any) -> Any:
-        return op.DequantizeLinear(codes, scale, axis=0)
+    def dequantize_weight(codes: Any, scale: Any, axis: int) -> Any:
+        if len(scale.shape) == 2:
+            return op.DequantizeLinear(codes, scale, axis=1, block_size=codes.shape[1] // scale.shape[1])
+        return op.DequantizeLinear(codes, scale, axis=axis)
 
-    def round_activation(x: Any, scale: Any, zero_point: Any) -> Any:
-        return op.DequantizeLinear(op.QuantizeLinear(x, scale, zero_point), scale, zero_point)
+    def round_activation(x: Any, scale: Any, zero_point: Any, qmax: int) -> Any:
+        codes = op.QuantizeLinear(x, scale, zero_point)
+        if qmax < 255:
+            codes = op.Min(codes, op.Constant(value=helper.make_tensor("qmax", TensorProto.UINT8, [], [qmax])))
+        return op.DequantizeLinear(codes, scale, zero_point)
 
     return {
-        torch.ops.hawq.dequantize_channels.default: dequantize_channels,
+        torch.ops.hawq.dequantize_weight.default: dequantize_weight,
         torch.ops.hawq.round_activation.default: round_activation,
     }

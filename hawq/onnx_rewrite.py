@@ -122,49 +122,97 @@ def derive_bias_scales(graph: GraphRewriter, input_scales: Mapping[str, str]) ->
     graph.nodes = [*products, *graph.nodes]
 
 
-def multiply_scales(graph: GraphRewriter) -> None:
-    """DequantizeLinear(codes, scale) as Cast and Mul, which a runtime folds into a float weight when it loads the file."""
+def multiply_scales(graph: GraphRewriter, layers: Mapping[str, QuantizedLayer]) -> None:
+    """DequantizeLinear(codes, scale) of these layers as Cast and Mul, which a runtime folds into a float weight when it loads
+    the file; groups of columns are told apart for it by a Reshape."""
+    by_scale = {f"{LAYERS}.{name}.scale": layer for name, layer in layers.items()}
     nodes: list[NodeProto] = []
     for node in graph.nodes:
-        if node.op_type != "DequantizeLinear":
+        if node.op_type != "DequantizeLinear" or node.input[1] not in by_scale:
             nodes.append(node)
             continue
-        codes, scale = node.input[:2]
-        dimensions = len(graph.initializers[codes].dims)
-        shaped = graph.array(scale).reshape(-1, *(1,) * (dimensions - 1))
-        factor = graph.constant(f"{scale}.{dimensions}d", shaped)
-        nodes.append(helper.make_node("Cast", [codes], [f"{node.output[0]}.float"], to=TensorProto.FLOAT))
-        nodes.append(helper.make_node("Mul", [f"{node.output[0]}.float", factor], [node.output[0]]))
+        layer, result = by_scale[node.input[1]], node.output[0]
+        shape = tuple(graph.initializers[node.input[0]].dims)
+        axis = next((item.i for item in node.attribute if item.name == "axis"), 1)
+        values = graph.array(node.input[1])
+        factor = (
+            values[:, :, None] if values.ndim == 2 else values.reshape([-1 if dim == axis else 1 for dim in range(len(shape))])
+        )
+        scale = graph.constant(f"{node.input[1]}.{'x'.join(map(str, factor.shape))}", factor)
+        nodes.append(helper.make_node("Cast", [node.input[0]], [f"{result}.float"], to=TensorProto.FLOAT))
+        if layer.scale.dim() == 1:
+            nodes.append(helper.make_node("Mul", [f"{result}.float", scale], [result]))
+            continue
+        nodes.append(helper.make_node("Reshape", [f"{result}.float", _shape(graph, _in_groups(layer))], [f"{result}.groups"]))
+        nodes.append(helper.make_node("Mul", [f"{result}.groups", scale], [f"{result}.scaled"]))
+        nodes.append(helper.make_node("Reshape", [f"{result}.scaled", _shape(graph, shape)], [result]))
     graph.nodes = nodes
+
+
+def compact_scales(graph: GraphRewriter) -> None:
+    """Store the layers' scales in float16 where that holds the same numbers; a runtime casts them back when it loads them."""
+    casts: list[NodeProto] = []
+    for name, tensor in list(graph.initializers.items()):
+        if not name.startswith(f"{LAYERS}.") or ".scale" not in name or tensor.data_type != TensorProto.FLOAT:
+            continue
+        values = graph.array(name)
+        half = values.astype(np.float16)
+        if values.size > 1 and np.array_equal(half.astype(np.float32), values):
+            del graph.initializers[name]
+            casts.append(helper.make_node("Cast", [graph.constant(f"{name}.half", half)], [name], to=TensorProto.FLOAT))
+    graph.nodes = [*casts, *graph.nodes]
+
+
+def _in_groups(layer: QuantizedLayer) -> tuple[int, ...]:
+    """The weight's shape with groups of columns apart."""
+    return (*layer.scale.shape, layer.codes.shape[1] // layer.scale.shape[1])
+
+
+def _shape(graph: GraphRewriter, shape: tuple[int, ...]) -> str:
+    return graph.constant("x".join(map(str, shape)), np.array(shape, np.int64))
 
 
 def store_as_planes(graph: GraphRewriter, name: str, layer: QuantizedLayer) -> None:
     """Replace a layer's int8 codes by their bit planes and the operators that unpack them.
 
-    A bit is masked out of its byte, scaled to its value in the code, and the planes are added up:
-    BitwiseAnd, Cast, Mul, ReduceSum, Sub, Cast, Reshape (and Slice, where the last byte is not full).
+    A bit is masked out of its byte, scaled to its value in the code, and the planes are added up; then the lowest code is
+    added: BitwiseAnd, Cast, Mul, ReduceSum, Add, Cast, Reshape (and Slice, where the last byte is not full).
     """
     if name not in graph.initializers:  # equal tensors are stored once, under the first one's name
         return
     del graph.initializers[name]
     bits, count, shape = layer.bits, layer.codes.numel(), tuple(layer.codes.shape)
+    lowest = layer.lowest_codes()
+    nodes = []
     values = 2.0 ** (np.arange(bits)[:, None, None] - np.arange(8)[None, None, :])
     steps: list[tuple[str, list[str], dict[str, Any]]] = [
         ("BitwiseAnd", [graph.constant("bit_masks", (1 << np.arange(8)).astype(np.uint8))], {}),
         ("Cast", [], {"to": TensorProto.FLOAT}),
         ("Mul", [graph.constant(f"bit_values_{bits}", values.astype(np.float32))], {}),
         ("ReduceSum", [graph.constant("first_axis", np.array([0], np.int64))], {"keepdims": 0}),
-        ("Sub", [graph.constant(f"offset_{bits}", np.array(2.0 ** (bits - 1), np.float32))], {}),
-        ("Cast", [], {"to": TensorProto.INT8}),
     ]
+    if lowest is None:
+        steps.append(("Add", [graph.constant(f"lowest_{bits}", np.array(-(2.0 ** (bits - 1)), np.float32))], {}))
     if count % 8:
         flat, start = np.array([-1], np.int64), np.array([0], np.int64)
         end = graph.constant(f"count_{count}", np.array([count], np.int64))
         steps.append(("Reshape", [graph.constant("flat", flat)], {}))
         steps.append(("Slice", [graph.constant("start", start), end], {}))
-    steps.append(("Reshape", [graph.constant("x".join(map(str, shape)), np.array(shape, np.int64))], {}))
-    value = graph.constant(f"{name}.planes", pack(layer.codes, bits).unsqueeze(2).numpy())
-    nodes = []
+    if lowest is not None:
+        if lowest.dim() == 2:
+            steps.append(("Reshape", [_shape(graph, _in_groups(layer))], {}))
+            spread = lowest.unsqueeze(2)
+        else:
+            steps.append(("Reshape", [_shape(graph, shape)], {}))
+            spread = layer.spread(lowest)
+        stored = graph.constant(f"{name}.lowest", spread.numpy())
+        nodes.append(helper.make_node("Cast", [stored], [f"{stored}.float"], to=TensorProto.FLOAT))
+        steps.append(("Add", [f"{stored}.float"], {}))
+    if lowest is None or lowest.dim() == 2:
+        steps.append(("Reshape", [_shape(graph, shape)], {}))
+    steps.append(("Cast", [], {"to": TensorProto.INT8}))
+    packed = pack(layer.codes, bits, None if lowest is None else layer.spread(lowest))
+    value = graph.constant(f"{name}.planes", packed.unsqueeze(2).numpy())
     for position, (operator, inputs, attributes) in enumerate(steps):
         output = name if position == len(steps) - 1 else f"{name}.{position}"
         nodes.append(helper.make_node(operator, [value, *inputs], [output], **attributes))

@@ -1,6 +1,6 @@
 """Integers of any width 1 to 8 as bytes, and back.
 
-Codes of b bits are stored as b bit planes: plane j holds bit j of every code (after adding 2^(b-1), which makes it
+Codes of b bits are stored as b bit planes: plane j holds bit j of every code (less the lowest code, which makes it
 unsigned), eight codes a byte, the first in the lowest bit. An ONNX file unpacks the same planes with standard operators.
 """
 
@@ -15,24 +15,25 @@ def packed_size(count: int, bits: int) -> int:
     return bits * ((count + 7) // 8)
 
 
-def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
-    """Bit planes of signed codes: uint8, shape (bits, ceil(number of codes / 8)).
+def pack(codes: torch.Tensor, bits: int, lowest: torch.Tensor | None = None) -> torch.Tensor:
+    """Bit planes of codes: uint8, shape (bits, ceil(number of codes / 8)).
 
-    Raises ValueError for a width outside 1 to 8 and for codes outside the width's range.
+    lowest: the lowest code, a tensor that broadcasts to the codes; by default -2^(bits-1). Raises ValueError for a width
+    outside 1 to 8 and for codes that are not among the 2^bits from the lowest on.
     """
-    _check_width(bits)
-    qmin, qmax = signed_range(bits)
-    flat = codes.reshape(-1)
-    if flat.numel() and (int(flat.min()) < qmin or int(flat.max()) > qmax):
-        raise ValueError(f"codes from {int(flat.min())} to {int(flat.max())} do not fit {bits} bits: {qmin} to {qmax}")
-    unsigned = (flat.to("cpu", torch.int16).numpy() - qmin).astype(np.uint8)
-    planes = (unsigned[None, :] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
+    unsigned = codes.to("cpu", torch.int16) - _lowest(bits, lowest)
+    if unsigned.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 2**bits):
+        ends = f"{int(codes.min())} to {int(codes.max())}"
+        least = "their lowest codes" if lowest is not None else "{} to {}".format(*signed_range(bits))
+        raise ValueError(f"codes from {ends} do not fit {bits} bits: {least}")
+    flat = unsigned.reshape(-1).numpy().astype(np.uint8)
+    planes = (flat[None, :] >> np.arange(bits, dtype=np.uint8)[:, None]) & 1
     return torch.from_numpy(np.packbits(planes, axis=1, bitorder="little"))
 
 
-def unpack(planes: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Tensor:
+def unpack(planes: torch.Tensor, bits: int, shape: tuple[int, ...], lowest: torch.Tensor | None = None) -> torch.Tensor:
     """The int8 codes of that shape; the inverse of `pack`."""
-    _check_width(bits)
+    least = _lowest(bits, lowest)
     count = int(np.prod(shape, dtype=np.int64))
     if planes.dtype != torch.uint8 or tuple(planes.shape) != (bits, (count + 7) // 8):
         raise ValueError(
@@ -40,10 +41,11 @@ def unpack(planes: torch.Tensor, bits: int, shape: tuple[int, ...]) -> torch.Ten
             f"expected ({bits}, {(count + 7) // 8}) of torch.uint8"
         )
     digits = np.unpackbits(planes.cpu().numpy(), axis=1, count=count, bitorder="little")
-    unsigned = (digits.astype(np.int16) << np.arange(bits, dtype=np.int16)[:, None]).sum(0)
-    return torch.from_numpy((unsigned + signed_range(bits)[0]).astype(np.int8)).reshape(shape)
+    unsigned = (digits.astype(np.int16) << np.arange(bits, dtype=np.int16)[:, None]).sum(0, dtype=np.int16)
+    return (torch.from_numpy(unsigned).reshape(shape) + least).to(torch.int8)
 
 
-def _check_width(bits: int) -> None:
+def _lowest(bits: int, lowest: torch.Tensor | None) -> torch.Tensor:
     if not 1 <= bits <= 8:
         raise ValueError(f"a width of {bits} bits: packing takes 1 to 8")
+    return torch.tensor(signed_range(bits)[0], dtype=torch.int16) if lowest is None else lowest.to("cpu", torch.int16)

@@ -34,14 +34,29 @@ class MatrixForm:
     def is_transposed(self) -> bool:
         return self.operation in TRANSPOSED
 
+    @property
+    def channel_axis(self) -> int:
+        """The dimension of the weight that its output channels (of an embedding, its rows) lie along."""
+        return 1 if self.is_transposed and self.groups == 1 else 0
+
+    @property
+    def has_channel_scales(self) -> bool:
+        """Whether each output channel is a slice of the weight; grouped transposed convolutions hold them in another order."""
+        return not self.is_transposed or self.groups == 1 or self.groups == self.shape[0] == self.shape[0] * self.shape[1]
+
+    def group_size(self, size: int | None) -> int | None:
+        """`size` where groups of so many columns can have scales of their own: in linear layers and embeddings whose
+        columns it divides; else None."""
+        return size if size and len(self.shape) == 2 and self.shape[1] % size == 0 and size < self.shape[1] else None
+
     def _settings(self) -> tuple[Any, ...]:
         defaults = _DEFAULTS[self.operation]
         return (*self.settings, *defaults[len(self.settings) :])
 
     @property
     def groups(self) -> int:
-        if self.operation is aten.linear.default:
-            return 1
+        if self.operation not in _DEFAULTS:
+            return 1  # linear, embedding
         return self._settings()[3]
 
     def rows(self, weight: torch.Tensor) -> torch.Tensor:
@@ -78,10 +93,18 @@ class MatrixForm:
         picked = x[tuple(torch.unravel_index(positions, places))]
         return picked.reshape(len(positions), self.groups, -1).transpose(0, 1)
 
-    def num_positions(self, outputs: torch.Tensor) -> int:
-        """How many positions the layer's outputs have."""
-        channels = outputs.shape[-1] if self.operation is aten.linear.default else outputs.shape[1]
-        return outputs.numel() // channels
+    @property
+    def num_columns(self) -> int:
+        """The products that make up one output."""
+        return prod(self.shape[1:]) if not self.is_transposed else prod(self.shape) // (self.groups * self.shape[1])
+
+    def num_positions(self, x: torch.Tensor) -> int:
+        """How many outputs each channel has for that input: the length of `columns`."""
+        if self.operation is aten.linear.default:
+            return x.numel() // x.shape[-1]
+        x, stride, dilation, kernel = self._as_plain_convolution(x)
+        spans = (d * (k - 1) + 1 for d, k in zip(dilation, kernel, strict=True))
+        return len(x) * prod((size - span) // step + 1 for size, span, step in zip(x.shape[2:], spans, stride, strict=True))
 
     def _as_plain_convolution(self, x: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int], list[int]]:
         """The padded input, and the stride, dilation and kernel of a convolution without padding."""

@@ -12,6 +12,7 @@ import torch
 from safetensors import SafetensorError
 from torch import nn
 
+from hawq.affine import spread
 from hawq.fold import folded
 from hawq.graph import find_layers, get_tensor
 from hawq.layers import LAYERS, QUANTIZERS
@@ -21,7 +22,7 @@ from hessian.files import write_atomically
 
 FILE_NAME = "model.safetensors"
 _FORMAT = "hessianware.quantized-model"
-_VERSION = 1
+_VERSION = 2
 _ENTRY = "hessianware"
 _ACTIVATION_SCALES = "activations:scale"
 _ACTIVATION_ZERO_POINTS = "activations:zero_point"
@@ -40,8 +41,11 @@ def to_bytes(model: QuantizedModel) -> bytes:
     """The contents of the file that `save` writes."""
     tensors: dict[str, torch.Tensor] = {}
     for name, layer in model.layers().items():
-        tensors[f"{name}:codes"] = pack(layer.codes, layer.bits)
-        tensors[f"{name}:scale"] = layer.scale
+        lowest = layer.lowest_codes()
+        tensors[f"{name}:codes"] = pack(layer.codes, layer.bits, None if lowest is None else layer.spread(lowest))
+        tensors[f"{name}:scale"] = compact_scale(layer.scale)
+        if lowest is not None:
+            tensors[f"{name}:lowest"] = lowest
         if layer.bias is not None:
             tensors[f"{name}:bias"] = layer.bias
     quantizers = list(model.quantizers().values())
@@ -55,7 +59,7 @@ def to_bytes(model: QuantizedModel) -> bytes:
         "version": _VERSION,
         "bits": model.bits,
         "activation_bits": model.activation_bits,
-        "quantizers": list(model.quantizers()),
+        "quantizers": {name: module.bits for name, module in model.quantizers().items()},
         "example_shape": list(model.example.shape),
         "example_dtype": str(model.example.dtype).removeprefix("torch."),
     }
@@ -96,19 +100,23 @@ def _assemble(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
         if name not in layers:
             raise ValueError(f"it has no layer {name!r}")
         shape = get_tensor(graph, layers[name].weight).shape
-        rounded[name] = unpack(tensors[f"{name}:codes"], width, tuple(shape)), tensors[f"{name}:scale"]
-    result = build(graph, rounded, bits, description["activation_bits"], example)
-    if list(result.quantizers()) != description["quantizers"]:
+        scale, lowest = tensors[f"{name}:scale"].float(), tensors.get(f"{name}:lowest")
+        if lowest is not None:
+            lowest = spread(lowest, tuple(shape), layers[name].form.channel_axis)
+        rounded[name] = unpack(tensors[f"{name}:codes"], width, tuple(shape), lowest), scale
+    result = build(graph, rounded, bits, description["activation_bits"], example, description["quantizers"])
+    if list(result.quantizers()) != list(description["quantizers"]):
         raise ValueError("its activations are rounded in other places")
     for index, quantizer in enumerate(result.quantizers().values()):
         quantizer.scale, quantizer.zero_point = tensors[_ACTIVATION_SCALES][index], tensors[_ACTIVATION_ZERO_POINTS][index]
     sources = result.input_quantizers()
     for name, layer in result.layers().items():
         layer.bias = tensors.get(f"{name}:bias")
+        channels = layer.codes.shape[layer.form.channel_axis : layer.form.channel_axis + 1]
         for part, tensor in (("scale", layer.scale), ("bias", layer.bias)):
-            if tensor is not None and tensor.shape != layer.codes.shape[:1]:
+            if tensor is not None and tensor.shape[:1] != channels:
                 raise ValueError(f"the {part} of layer {name!r} has shape {tuple(tensor.shape)}")
-        if layer.bias is not None and name in sources:
+        if layer.bias is not None and layer.bias.dtype == torch.int32:
             layer.bias_scale = get_tensor(result, f"{sources[name]}.scale") * layer.scale
     others = _other_tensors(result)
     surplus = sorted(name for name in tensors if ":" not in name and name not in others)
@@ -123,6 +131,12 @@ def _assemble(description: Mapping[str, Any], tensors: Mapping[str, torch.Tensor
                 )
             target.copy_(tensors[name])
     return result
+
+
+def compact_scale(scale: torch.Tensor) -> torch.Tensor:
+    """The scale in float16 where that holds the same numbers."""
+    half = scale.half()
+    return half if torch.equal(half.float(), scale) else scale
 
 
 def _other_tensors(model: QuantizedModel) -> list[str]:

@@ -72,7 +72,7 @@ def test_gradients_are_lsqs(low: int, high: int) -> None:
     x = (scaled * steps[:, None]).requires_grad_()
     step = steps[:, None].clone().requires_grad_()
     upstream = torch.randn(3, 40, generator=generator, dtype=torch.float64)
-    rounded = round_with_learned_step(x, step, low, high, 40)
+    rounded = round_with_learned_step(x, step, torch.tensor(low), torch.tensor(high), 40)
     rounded.backward(upstream)
     assert x.grad is not None
     assert step.grad is not None
@@ -99,7 +99,7 @@ def test_step_gradient_agrees_with_the_slope_between_roundings() -> None:
     weights = torch.tensor([[1.0, -2.0, 0.5]], dtype=torch.float64)
 
     def value(step: torch.Tensor) -> torch.Tensor:
-        return (weights * round_with_learned_step(x, step, -4, 3, 3)).sum()
+        return (weights * round_with_learned_step(x, step, torch.tensor(-4), torch.tensor(3), 3)).sum()
 
     step = torch.ones(1, 1, dtype=torch.float64, requires_grad=True)
     (gradient,) = torch.autograd.grad(value(step), step)

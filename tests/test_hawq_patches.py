@@ -17,10 +17,10 @@ def assert_is_a_product(operation, weight, x, settings):
     outputs = operation(x, weight, None, *settings)
     products = form.rows(weight) @ form.columns(x).transpose(1, 2)  # (groups, channels, positions)
     dim = outputs.dim() - 1 if operation is aten.linear.default else 1
-    wanted = outputs.movedim(dim, 0).reshape(form.groups, -1, form.num_positions(outputs))
+    wanted = outputs.movedim(dim, 0).reshape(form.groups, -1, form.num_positions(x))
     torch.testing.assert_close(products, wanted)
     assert torch.equal(form.weight(form.rows(weight)), weight)
-    some = torch.tensor([0, form.num_positions(outputs) - 1])
+    some = torch.tensor([0, form.num_positions(x) - 1])
     assert torch.equal(form.columns(x, some), form.columns(x)[:, some])
 
 

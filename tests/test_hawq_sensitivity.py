@@ -15,6 +15,7 @@ from hawq.allocation import Allocation
 from hawq.fold import folded
 from hawq.graph import find_layers, get_tensor
 from hawq.observers import activation_parameters, activation_range
+from hawq.patches import MatrixForm
 from hawq.rounding import round_to_nearest
 from hawq.sensitivity import METHODS, SensitivityTable, activation_sensitivity
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
@@ -51,7 +52,7 @@ def in_double(graph, data):
 
 def rounded(graph, layer, bits):
     """The layer's weight rounded to nearest, written out."""
-    codes, scale = round_to_nearest(get_tensor(graph, layer.weight), bits)
+    codes, scale = round_to_nearest(get_tensor(graph, layer.weight), bits, layer.form)
     return codes * scale.view(-1, *(1,) * (codes.dim() - 1))
 
 
@@ -82,7 +83,7 @@ def test_a_linear_model_with_squared_error_in_closed_form():
         for method in METHODS
     }
     for bits in BITS:
-        codes, scale = round_to_nearest(model.weight, bits)
+        codes, scale = round_to_nearest(model.weight, bits, MatrixForm(torch.ops.aten.linear.default, (), model.weight.shape))
         d = (codes * scale.unsqueeze(1)).double() - W
         square = float(d.square().sum())
         increase = float(F.mse_loss(X @ (W + d).T, X @ W.T))
@@ -202,7 +203,8 @@ def test_kl_leaves_out_ignored_positions():
     targets[0, :3], targets[1:, 0] = -100, -100
     after = copy.deepcopy(model)
     with torch.no_grad():
-        codes, scale = round_to_nearest(model[0].weight, 2)
+        form = MatrixForm(torch.ops.aten.conv2d.default, (), model[0].weight.shape)
+        codes, scale = round_to_nearest(model[0].weight, 2, form)
         after[0].weight.copy_(codes * scale.view(-1, 1, 1, 1))
         before, moved = model(inputs).log_softmax(1), after(inputs).log_softmax(1)
         values = (before.exp() * (before - moved)).sum(1)[targets != -100]

@@ -7,12 +7,12 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from torch import fx, nn
+from torch import nn
 
 from hawq import runtime
 from hawq.affine import signed_range
 from hawq.allocation import Allocation
-from hawq.graph import Layer, argument
+from hawq.graph import Layer, input_node
 from hawq.layers import QuantizedLayer
 from hawq.model import quantize_model
 from hawq.onnx_export import to_bytes
@@ -36,15 +36,13 @@ class LayerShape:
     @classmethod
     def of(cls, layer: Layer, batch: int) -> "LayerShape":
         """The shape of a layer in its traced graph for that many examples."""
-        source, weight = layer.node.args[0], argument(layer.node, 1)
-        assert isinstance(source, fx.Node)
-        assert weight is not None
+        source = input_node(layer.node)
         placeholder = next(node for node in layer.node.graph.nodes if node.op == "placeholder")
         traced = _hint(placeholder.meta["val"].shape[0])
         sizes = source.meta["val"].shape
         shape = tuple(size if isinstance(size, int) else _hint(size) * batch // traced for size in sizes)
-        settings = tuple(layer.node.args[3:])
-        return cls(layer.node.target, settings, tuple(weight.meta["val"].shape), shape, layer.bias is not None)
+        form = layer.form
+        return cls(form.operation, form.settings, tuple(form.shape), shape, layer.bias is not None)
 
     def __str__(self) -> str:
         weight, given = ("x".join(map(str, shape)) for shape in (self.weight, self.input))

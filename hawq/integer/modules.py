@@ -7,7 +7,6 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from hawq.affine import dequantize_channels, per_channel
 from hawq.graph import LAYER_OPERATIONS
 from hawq.integer.dyadic import dyadic, room_for
 from hawq.integer.grid import Compute, Grid, Site
@@ -19,7 +18,7 @@ def quantizer(site: Site, node: fx.Node) -> tuple[Grid, Compute]:
     module = site.module(node)
     assert isinstance(module, ActivationQuantizer)
     scale, zero_point, single = module.scale.double(), int(module.zero_point), module.scale
-    low, high = -zero_point, 255 - zero_point
+    low, high = -zero_point, 2**module.bits - 1 - zero_point
     grid, source = Grid(scale, max(-low, high)), site.grid(node.args[0])
     if source is None:
 
@@ -41,12 +40,9 @@ def layer(site: Site, node: fx.Node) -> tuple[Grid, Compute] | None:
     """Sums of products of integers and an integer bias, on the grid input scale * weight scale of each channel."""
     module, source = site.module(node), site.grid(node.args[0])
     assert isinstance(module, QuantizedLayer)
-    if source is None or not source.is_uniform:
+    if source is None or not source.is_uniform or not module.has_integer_kernel:
         return None
-    weight = module.weight()
-    codes = torch.round(weight.double() / per_channel(module.scale, weight).double()).long()
-    if not torch.equal(dequantize_channels(codes, module.scale), weight):
-        return None  # one scale a channel does not say what these weights are
+    codes = module.codes.long()
     scale = source.scale * module.scale.double()
     bias = None
     if module.bias is not None:

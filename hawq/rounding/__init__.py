@@ -1,7 +1,11 @@
 """From weights to integer codes."""
 
+from typing import Literal, get_args
+
+from hawq.rounding.least_squares import LeastSquares
 from hawq.rounding.nearest import round_to_nearest
 
-ROUNDINGS = {"nearest": round_to_nearest}
+Rounding = Literal["nearest", "gptq", "adaround"]
+ROUNDINGS = get_args(Rounding)
 
-__all__ = ["ROUNDINGS", "round_to_nearest"]
+__all__ = ["ROUNDINGS", "LeastSquares", "Rounding", "round_to_nearest"]

@@ -8,7 +8,10 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from hawq.patches import MatrixForm
+
 _ZERO_ROW_SCALE = 1e-8
+_SMALLEST_HALF = 2.0**-14  # of the numbers that float16 holds with all its bits
 _FRACTIONS = 24
 _SMALLEST_FRACTION = 0.25
 
@@ -31,6 +34,16 @@ class Grid:
         """The nearest codes."""
         scale, low, high = self.expanded(rows.shape[-1])
         return torch.round(rows / scale).clamp(low, high)
+
+    def stored(self, form: MatrixForm, codes: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes, shaped like the weight, in int8, and their scales in float32: (channels,) or (channels, column groups).
+
+        Scales are rounded to what float16 holds, where it holds 11 bits of all of them: so files can store half as much.
+        """
+        scale = self.scale.flatten(0, 1).float()
+        half = scale.half().float()
+        scale = half if bool((scale > _SMALLEST_HALF).all() and torch.isfinite(half).all()) else scale
+        return form.weight(codes).to(torch.int8), scale.squeeze(1) if scale.shape[1] == 1 else scale
 
     def with_scale(self, scale: torch.Tensor) -> "Grid":
         return replace(self, scale=scale)

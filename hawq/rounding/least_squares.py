@@ -5,12 +5,52 @@ nearest to :math:`\hat w_k - ((\hat w - w) H)_k / H_{kk}`, and the best scale of
 :math:`q H w^T / q H q^T`; neither step can make the error larger.
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
 
+from hawq.layers import QuantizedLayer
+from hawq.patches import MatrixForm
+from hawq.rounding.adaround import adaround
 from hawq.rounding.gptq import gptq
-from hawq.rounding.grid import Grid
+from hawq.rounding.grid import Grid, choose_grid
+from hawq.rounding.moments import InputMoments
 
 _BLOCK = 64
+_DAMPING = 0.3  # of the mean of H's diagonal: much, because calibration data are few and all of a kind
+_FEW_COLUMNS = (
+    12  # so few, as in depthwise convolutions, are inputs that resemble each other: what fits them holds for no others
+)
+
+
+@dataclass(frozen=True)
+class LeastSquares:
+    """How weights are rounded by the second moments of their inputs.
+
+    method: "gptq", with descent, or "adaround". symmetric: codes from -2^(b-1) on. group_size: columns that share a scale.
+    """
+
+    method: Literal["gptq", "adaround"] = "gptq"
+    symmetric: bool = False
+    group_size: int | None = None
+
+    def reads_data(self, layer: QuantizedLayer) -> bool:
+        """Whether that layer is rounded by least squares at all: not so embeddings, whose rows have one input each."""
+        return layer.can_have_bias and layer.form.num_columns >= _FEW_COLUMNS
+
+    def __call__(
+        self, weight: torch.Tensor, bits: int, form: MatrixForm, moments: InputMoments
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Codes (int8, shaped like `weight`) and scales, (channels,) or (channels, column groups)."""
+        wanted, hessian = moments.target(form.rows(weight.detach()), _DAMPING)
+        importance = hessian.diagonal(dim1=1, dim2=2)
+        size = form.group_size(self.group_size)
+        grid = choose_grid(wanted.float(), bits, importance=importance, group_size=size, symmetric=self.symmetric)
+        if self.method == "adaround":
+            return grid.stored(form, adaround(wanted, hessian, grid))
+        codes, grid = round_by_least_squares(wanted, hessian, grid)
+        return grid.stored(form, codes)
 
 
 def output_error(rows: torch.Tensor, wanted: torch.Tensor, hessian: torch.Tensor) -> torch.Tensor:

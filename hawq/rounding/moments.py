@@ -2,8 +2,9 @@ r"""Second moments of a layer's inputs: all that least-squares rounding needs to
 
 With float inputs x and the inputs x̂ that have passed the rounded layers before, the error of rounded rows ŵ is
 
-.. math:: E (\hat w \hat x - w x)^2 = \hat w H \hat w^T - 2\, w C \hat w^T + const, \qquad H = E \hat x \hat x^T, \; C = E x \hat x^T.
+.. math:: E (\hat w \hat x - w x)^2 = \hat w H \hat w^T - 2\, w C \hat w^T + const,
 
+with H = E x̂ x̂^T and C = E x x̂^T.
 The means stay in, although a bias could take them up: on data with other means than the calibration's, it could not.
 """
 
@@ -12,6 +13,9 @@ from dataclasses import dataclass
 import torch
 
 from hawq.patches import MatrixForm
+
+_POSITIONS = 16384  # that are looked at in all, or this many for each column, if that is more
+_POSITIONS_A_COLUMN = 8
 
 
 @dataclass(frozen=True)
@@ -29,37 +33,35 @@ class InputMoments:
         Damping adds `damping` times the mean of H's diagonal to the diagonals of H and C: directions that the data do
         not reach keep the weight that they had.
         """
-        eye = torch.eye(self.quantized.shape[-1], dtype=torch.float64)
-        level = self.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp(min=1e-30) * damping
-        extra = level[:, None, None] * eye
+        columns = self.quantized.shape[-1]
+        level = self.quantized.diagonal(dim1=1, dim2=2).mean(1).clamp(min=torch.finfo(torch.float32).tiny) * damping
+        extra = level[:, None, None] * torch.eye(columns, dtype=torch.float64)
         hessian = self.quantized + extra
         wanted = torch.linalg.solve(hessian, rows.double() @ (self.cross + extra), left=False)
         return wanted, hessian
 
 
 class MomentCollector:
-    """Adds up moments over batches, in float64, at no more than `limit` positions a batch (drawn with `generator`)."""
+    """Adds up moments over `num_batches` batches at a limited number of positions, drawn with `generator`."""
 
-    def __init__(self, form: MatrixForm, limit: int, generator: torch.Generator | None) -> None:
-        self.form, self.limit, self.generator = form, limit, generator
+    def __init__(self, form: MatrixForm, num_batches: int, generator: torch.Generator | None) -> None:
+        self.form, self.generator = form, generator
+        self.limit = -(-max(_POSITIONS, _POSITIONS_A_COLUMN * form.num_columns) // num_batches)
         self.count = 0
         self.sums: list[torch.Tensor] | None = None
 
-    def add(self, x: torch.Tensor, quantized: torch.Tensor, positions: int) -> None:
-        """One batch of float and of quantized inputs, with `positions` outputs."""
-        chosen = None
+    def add(self, x: torch.Tensor, quantized: torch.Tensor) -> None:
+        """One batch of float inputs and of the same inputs in the quantized network."""
+        positions, chosen = self.form.num_positions(x), None
         if positions > self.limit:
             chosen = torch.randint(positions, (self.limit,), generator=self.generator)
-        float_columns = self.form.columns(x, chosen)
-        columns = float_columns if quantized is x else self.form.columns(quantized, chosen)
-        transposed = columns.transpose(1, 2)
-        second = (transposed @ columns).double()
-        cross = second if quantized is x else (float_columns.transpose(1, 2) @ columns).double()
-        parts = [second, cross]
+        float_columns, columns = self.form.columns(x, chosen), self.form.columns(quantized, chosen)
+        parts = [(first.transpose(1, 2) @ columns).double() for first in (columns, float_columns)]
         self.count += columns.shape[1]
         self.sums = parts if self.sums is None else [total.add_(part) for total, part in zip(self.sums, parts, strict=True)]
 
     def moments(self) -> InputMoments:
+        """What was added up, as means."""
         assert self.sums is not None
         second, cross = (part / self.count for part in self.sums)
         return InputMoments(second, cross, self.count)

@@ -1,13 +1,15 @@
-"""Round to nearest, on the per-channel scales of least squared error."""
+"""Round to nearest, on the grid of least squared error of each channel."""
 
 import torch
 
-from hawq.affine import per_channel, quantize, signed_range
-from hawq.observers import weight_scale
+from hawq.patches import MatrixForm
+from hawq.rounding.grid import choose_grid
 
 
-def round_to_nearest(weight: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes (int8, shaped like `weight`) and scales (channels,) for a weight with its output channels first."""
-    scale = weight_scale(weight, bits)
-    codes = quantize(weight.detach(), per_channel(scale, weight), 0, *signed_range(bits))
-    return codes.to(torch.int8), scale
+def round_to_nearest(
+    weight: torch.Tensor, bits: int, form: MatrixForm, *, symmetric: bool = False, group_size: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes (int8, shaped like `weight`) and scales, (channels,) or (channels, column groups)."""
+    rows = form.rows(weight.detach())
+    grid = choose_grid(rows, bits, symmetric=symmetric, group_size=form.group_size(group_size))
+    return grid.stored(form, grid.codes(rows.double()))

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from hawq.graph import Layer
+from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.table import SensitivityTable
 from hessian.objective import Objective, is_classification, loss_setting
@@ -42,7 +42,7 @@ def kl(
         for name, layer in layers.items():
             kept = {node: value for node, value in whole.env.items() if node not in behind[name]}
             for bits, error in errors[name].items():
-                change = error.of_output(layer, kept[layer.node.args[0]])  # type: ignore[index]
+                change = error.of_output(layer, kept[input_node(layer.node)])
                 moved = fx.Interpreter(graph).run(batch[0], initial_env=kept | {layer.node: kept[layer.node] + change})
                 parts[name, bits].append(_divergence(objective, outputs, moved, batch[1]))
     omega: dict[str, dict[int, float]] = {name: {} for name in errors}

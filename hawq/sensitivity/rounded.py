@@ -7,8 +7,8 @@ import torch
 from torch import fx
 from tqdm.auto import tqdm
 
-from hawq.affine import dequantize, per_channel
-from hawq.graph import Layer, get_tensor
+from hawq.affine import dequantize_weight
+from hawq.graph import Layer, get_tensor, input_node
 from hawq.layers import channel_dim
 from hawq.rounding import round_to_nearest
 
@@ -29,7 +29,7 @@ class RoundingError:
 
     def of_output(self, layer: Layer, inputs: torch.Tensor) -> torch.Tensor:
         """The change of the layer's output, which is linear in weight and bias."""
-        return layer.node.target(inputs, self.weight, self.bias, *layer.node.args[3:])  # type: ignore[operator]
+        return layer.apply(inputs, self.weight, self.bias)
 
 
 RoundingErrors = Mapping[str, Mapping[int, RoundingError]]
@@ -39,9 +39,8 @@ def nearest(graph: fx.GraphModule, layers: Mapping[str, Layer]) -> Rounded:
     """Rounding to nearest, as `hawq.rounding.nearest` does it."""
 
     def rounded(name: str, bits: int) -> torch.Tensor:
-        weight = get_tensor(graph, layers[name].weight).detach()
-        codes, scale = round_to_nearest(weight, bits)
-        return dequantize(codes, per_channel(scale, weight))
+        weight, form = get_tensor(graph, layers[name].weight).detach(), layers[name].form
+        return dequantize_weight(*round_to_nearest(weight, bits, form), form.channel_axis)
 
     return rounded
 
@@ -105,7 +104,7 @@ def with_bias_correction(
             if n.name in names:
                 name = names[n.name]
                 for bits, error in errors[name].items():
-                    change = error.of_output(layers[name], self.env[n.args[0]]).double()  # type: ignore[index]
+                    change = error.of_output(layers[name], self.env[input_node(n)]).double()
                     dims = [dim for dim in range(change.dim()) if dim != channel_dim(n.target) % change.dim()]
                     totals[name, bits] = change.sum(dims) + (totals[name, bits] if counts[name] else 0)
                 counts[name] += change.numel() // len(totals[name, bits])

@@ -21,7 +21,7 @@ from torch import fx
 from torch.autograd.graph import GradientEdge
 from tqdm.auto import tqdm
 
-from hawq.graph import Layer
+from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.table import SensitivityTable
 from hessian.estimators.exact_trace import MAX_OUTPUTS
@@ -51,7 +51,7 @@ class _Perturbed(fx.Interpreter):
         if n.name not in self.names:
             return result
         name = self.names[n.name]
-        self.inputs[name] = self.env[n.args[0]].detach()  # type: ignore[index]
+        self.inputs[name] = self.env[input_node(n)].detach()
         self.zeros[name] = torch.zeros_like(result).requires_grad_(True)
         return result + self.zeros[name]
 
