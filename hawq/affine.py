@@ -27,9 +27,7 @@ def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     return values.view(-1, *(1,) * (like.dim() - 1))
 
 
-def quantize(
-    x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: Any, qmax: Any
-) -> torch.Tensor:
+def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: Any, qmax: Any) -> torch.Tensor:
     """Codes q of `x`, as whole numbers in x's dtype; qmin and qmax are numbers, or tensors that broadcast to x."""
     return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
 

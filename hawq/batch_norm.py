@@ -131,9 +131,7 @@ class _Statistics:
         )
 
 
-def _move(
-    graph: fx.GraphModule, node: fx.Node, old: _Statistics, found: _Statistics, shrinkage: float | None
-) -> Moved:
+def _move(graph: fx.GraphModule, node: fx.Node, old: _Statistics, found: _Statistics, shrinkage: float | None) -> Moved:
     unit = old.variance.clamp(min=torch.finfo(torch.float32).tiny)
     shares = []
     for position, before, after, examples, scale in (

@@ -31,6 +31,9 @@ EMBEDDING = aten.embedding.default  # of (weight, indices, ...): a table that is
 LAYER_OPERATIONS = _MULTIPLIES | {EMBEDDING}
 
 
+_TRACED = "hawq.traced"
+
+
 @dataclass(frozen=True)
 class Layer:
     """One operation with a weight of its own.
@@ -62,8 +65,10 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     """A copy of `model` in evaluation mode as a functional graph of ATen operations, its batch dimension dynamic.
 
     `example`: an input with a leading batch dimension. Parameters keep their qualified names. Raises ValueError if the
-    model's control flow depends on data or its code fixes the batch size.
+    model's control flow depends on data or its code fixes the batch size. A graph that this function returned is copied.
     """
+    if isinstance(model, fx.GraphModule) and model.meta.get(_TRACED):
+        return copy.deepcopy(model)
     frozen = copy.deepcopy(model).eval()
     for name, tensor in (*frozen.named_parameters(), *frozen.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype != torch.float32:
@@ -90,7 +95,9 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     if isinstance(results, tuple) and len(results) == 1 and program.call_spec.out_spec.is_leaf():
         graph.set_codegen(fx.graph.CodeGen())  # one tensor in, one out: no containers to take apart and put together
         graph.output_node().args = results
-    return fx.GraphModule(module, graph)
+    traced = fx.GraphModule(module, graph)
+    traced.meta[_TRACED] = True
+    return traced
 
 
 def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:

@@ -228,3 +228,16 @@ def test_exporting_leaves_the_mode_alone():
     before = snapshot(model)
     onnx_export.to_bytes(model, inputs[:2])
     assert_unchanged(model, before)
+
+
+@torch.no_grad()
+def test_preparations_keep_the_function_and_compose():
+    model, inputs = build("tokens")
+    prepared = hawq.prepared(model, [inputs], equalize=True, smooth=True)
+    torch.testing.assert_close(prepared(inputs), model(inputs), rtol=1e-4, atol=1e-5)
+    quantized = hawq.quantize_model(prepared, all_at(prepared, inputs, 8), unlabelled(inputs))
+    assert relative_error(quantized(inputs), model(inputs)) < 0.05
+    model, inputs = build("conv net")
+    moved = hawq.prepared(model, [inputs + 1], reestimate_batch_norm=True)
+    assert moved.meta == folded(model, inputs[:2]).meta
+    assert not torch.allclose(moved(inputs), model(inputs), atol=1e-3)
