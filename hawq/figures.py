@@ -87,7 +87,7 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
 def audit(comparisons: Mapping[str, Any]) -> str:
     """Predicted against measured increases, of allocations and of single layers."""
     figure, axes = _figure(9.0, 5.0)
-    parts = {name: None if comparisons[name] is None else Comparison(**comparisons[name]) for name in _AUDITED}
+    parts: dict[str, Any] = {name: None if comparisons[name] is None else Comparison(**comparisons[name]) for name in _AUDITED}
     plot(Audit(**parts), axes)
     return _svg(figure)
 

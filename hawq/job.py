@@ -211,10 +211,7 @@ class Job:
             "augment": options.augment,
             "reestimate_batch_norm": options.reestimate_batch_norm,
         }
-        settings = {
-            k: v for k, v in settings.items() if k in inspect.signature(quantize_model).parameters
-        }  # TODO(merge): delete
-        return settings
+        return {k: v for k, v in settings.items() if k in inspect.signature(quantize_model).parameters}  # MERGE: all
 
     def inputs(self, allocation: Allocation) -> dict[str, Any]:
         """What a stage after the allocation depends on."""

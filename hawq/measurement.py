@@ -155,14 +155,10 @@ def _single_layers(
 
     inputs = job.inputs(allocation) | {"table": table.to_dict()}
     stored = job.stages.run_json("audit", inputs, compute)
-    parts = {name: None if part is None else _comparison(part) for name, part in stored.items()}
+    parts: dict[str, Any] = {name: Comparison(**part) for name, part in stored.items()}
     if len(names) < len(model.layers()):
         parts["interaction"] = None  # of some layers with all of them
-    return Audit(**parts)  # type: ignore[arg-type]
-
-
-def _comparison(part: Mapping[str, Any]) -> Comparison:
-    return Comparison(**{name: tuple(value) if isinstance(value, list) else value for name, value in part.items()})
+    return Audit(**parts)
 
 
 def guilty_layer(job: Job, table: SensitivityTable, allocation: Allocation, model: QuantizedModel) -> str:
