@@ -51,7 +51,10 @@ def frontier(
     `budgets`: limits that every point keeps besides.
     """
     widths = sorted({bits for name, row in table.items() if name in bit_costs for bits in row})
-    limits = [average * num_params for average in averages if widths[0] <= average <= widths[-1]]
+    ties = list(ties)
+    groups = [group for group in tied_groups(table, ties) if group[0] in bit_costs]
+    least = sum(min(sum(bit_costs[name][bits] for name in group) for bits in common_widths(table, group)) for group in groups)
+    limits = [average * num_params for average in averages if average <= widths[-1] and average * num_params >= least]
     points = []
     allocations = optimal_allocations(table, Budget(_WEIGHTS, bit_costs, 0.0), limits, ties, budgets)
     for allocation in tqdm(allocations, desc="frontier", unit="allocation", disable=not progress):
