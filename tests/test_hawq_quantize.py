@@ -572,7 +572,7 @@ def test_activations_are_allocated_with_weights(folder, monkeypatch):
     assert set(allocation.layers) == {"0", "4"}
     assert set(allocation.activations.values()) <= {4, 8}
     macs = {name: layer.macs for name, layer in job.layers.items()}
-    sources = {"0": list(allocation.activations)[0], "4": list(allocation.activations)[1]}
+    sources = {"0": next(iter(allocation.activations)), "4": list(allocation.activations)[1]}
     used = sum(bits * allocation.activations[sources[name]] * macs[name] for name, bits in allocation.layers.items())
     assert allocation.budgets["bit operations"].used == pytest.approx(used)
     assert used <= 0.4 * 64 * sum(macs.values())
