@@ -39,3 +39,15 @@ def evaluate(
     if not total:
         raise ValueError("no evaluation example counts: the loss ignores every target")
     return Evaluation(metric / count, loss if objective.is_sum else loss / total, torch.cat(outputs))
+
+
+@torch.no_grad()
+def mean_loss(network: Callable[[torch.Tensor], torch.Tensor], task: Task, batches: Any) -> float:
+    """The task's loss of `network` over `batches`, weighted as in `evaluate`."""
+    objective = Objective(task.model, task.loss, batches)
+    loss = total = 0.0
+    for batch in objective.batches():
+        if weight := objective.weight(batch):
+            loss += weight * float(objective.batch_loss(network(batch[0]), batch))
+        total += weight
+    return loss if objective.is_sum else loss / total

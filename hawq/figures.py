@@ -10,10 +10,12 @@ import torch
 from matplotlib.figure import Figure
 
 from hawq.affine import signed_range
+from hawq.audit import Audit, Comparison, plot
 from hawq.model import QuantizedModel
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # told apart by every kind of colour vision (Okabe and Ito)
 _MOST_HISTOGRAMS = 32
+_AUDITED = ("frontier", "layers", "interaction")
 
 
 def bits(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -37,8 +39,8 @@ def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
     top = None
     for position, (field, label) in enumerate(quantities):
         axes = top = figure.add_subplot(2, 1, position + 1, sharex=top)
-        values = np.array([row[field] for row in layers])
-        errors = np.array([row[f"{field}_stderr"] for row in layers])
+        values = np.array([row[field] or 0.0 for row in layers])
+        errors = np.array([row[f"{field}_stderr"] or 0.0 for row in layers])
         shown = np.flatnonzero(values > 0)
         axes.errorbar(shown, values[shown], yerr=errors[shown], fmt="o", color=_BLUE, ecolor=_ORANGE, capsize=3)
         if len(shown):
@@ -60,8 +62,10 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
     measured = [point["measured_increase"] for point in points]
     if points and points[0]["predicted_increase"] is not None:
         predicted = [point["predicted_increase"] for point in points]
-        axes.plot(sizes, predicted, "--s", color=_ORANGE, label="predicted: half of the summed sensitivity")
+        axes.plot(sizes, predicted, "--s", color=_ORANGE, label="predicted from the summed sensitivity")
     axes.plot(sizes, measured, "-o", color=_BLUE, label="measured on the evaluation data")
+    beaten = [index for index, point in enumerate(points) if point["dominated"]]
+    axes.plot([sizes[i] for i in beaten], [measured[i] for i in beaten], "o", color=_BLUE, markerfacecolor="white")
     chosen = report["file_bytes"]["model.safetensors"] / 1e3
     axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
     background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
@@ -77,6 +81,14 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
     axes.margins(x=0.12, y=0.12)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
+    return _svg(figure)
+
+
+def audit(comparisons: Mapping[str, Any]) -> str:
+    """Predicted against measured increases, of allocations and of single layers."""
+    figure, axes = _figure(9.0, 5.0)
+    parts: dict[str, Any] = {name: None if comparisons[name] is None else Comparison(**comparisons[name]) for name in _AUDITED}
+    plot(Audit(**parts), axes)
     return _svg(figure)
 
 

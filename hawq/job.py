@@ -1,9 +1,10 @@
 """One quantization job: what it works on, and its steps, each a stage that a later run can reuse."""
 
+import inspect
 import logging
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from typing import Any
 
@@ -14,27 +15,24 @@ from tqdm.auto import tqdm
 
 from hawq import onnx_export, runtime, storage
 from hawq.allocate import Budget, allocate
-from hawq.allocation import Allocation
-from hawq.cost.bops import bit_operations
-from hawq.cost.size import file_overhead, packed_bytes, weight_bits
+from hawq.allocation import Allocation, BudgetUse
+from hawq.budgets import budgets
+from hawq.calibration_batches import Batches, calibration_batches
 from hawq.evaluation import Evaluation, evaluate
+from hawq.finetune import finetune, hawq_v1_order
 from hawq.fold import folded
 from hawq.graph import Layer, example_inputs, find_layers, require_layers, tied_layers, unreached_weights
 from hawq.model import QuantizedModel, quantize_model
 from hawq.options import Options, UsageError
-from hawq.pareto import Point, frontier
-from hawq.sensitivity import SensitivityTable, rounding_errors
-from hawq.sensitivity.hessian import hessian_trace
-from hawq.sensitivity.weight_error import weight_error
-from hawq.stages import Stages, model_digest, tensors_digest
+from hawq.sensitivity import SensitivityTable
+from hawq.sensitivity.top_eigenvalue import top_eigenvalues
+from hawq.stages import Stages, bytes_digest, digest, model_digest, tensors_digest
 from hessian.estimators.layers import layer_report
-from hessian.objective import batches_of
+from hessian.objective import Objective, batches_of
 from hessian.results import LayerReport
 from hessian.task import Task, load_task
 
 logger = logging.getLogger("hawq")
-
-DEFAULT_AVERAGE_BITS = 4.0  # where no budget is given
 
 
 @dataclass(frozen=True)
@@ -47,7 +45,7 @@ class Job:
     options: Options
     task: Task
     stages: Stages
-    calibration: DataLoader[Any]
+    calibration: Batches
     evaluation: DataLoader[Any]
     example: torch.Tensor
     float_result: Evaluation
@@ -65,10 +63,9 @@ class Job:
         task = load_task(options.task, options.weights)
         task.model.eval()  # as it will be used; a network that was just built is in training mode
         stages = _prepare_folder(options, task.model)
-        generator = torch.Generator().manual_seed(options.seed)
-        calibration = batches_of(task.train, options.batch_size, size=options.calibration_size, generator=generator)
         evaluation = batches_of(task.evaluation, options.batch_size)
         example = example_inputs(evaluation)[:2]
+        calibration = calibration_batches(options, task, stages, example)
         logger.info("evaluating the float network")
         result = evaluate(task.model, task, evaluation)
         graph = folded(task.model, example)
@@ -93,138 +90,145 @@ class Job:
 
     def budgets(self) -> list[Budget]:
         """What the options allow; UsageError, before any work, where no widths can keep it."""
-        options, bits = self.options, self.options.bits
-        budgets = []
-        average = options.avg_bits
-        if average is None and options.max_size is None and options.max_bops is None:
-            average = DEFAULT_AVERAGE_BITS
-        if average is not None:
-            budgets.append(Budget("bits of weights", weight_bits(self.layers, bits), average * self.num_params))
-        if options.max_size is not None:
-            costs = packed_bytes(self.layers, bits)
-            overhead = file_overhead(self.graph, self.layers, options.activations)
-            smallest = overhead + int(sum(min(row.values()) for row in costs.values()))
-            if options.max_size < smallest:
-                raise UsageError(
-                    f"--max-size {options.max_size:,}: the smallest file has up to {smallest:,} bytes ({overhead:,} of "
-                    f"them beside the weights' codes), {smallest - options.max_size:,} more: raise it or add narrower --bits"
-                )
-            budgets.append(Budget("bytes of weights", costs, options.max_size - overhead))
-        if options.max_bops is not None:
-            at_8_bits = sum(cost[8] for cost in bit_operations(self.layers, (8,), 8).values())
-            costs = bit_operations(self.layers, bits, options.activations)
-            least = sum(min(row.values()) for row in costs.values()) / at_8_bits
-            if options.max_bops < least:
-                note = "; float activations count as 32 bits" if options.activations is None else ""
-                raise UsageError(f"--max-bops {options.max_bops:g}: the widths offered need at least {least:.4g}{note}")
-            budgets.append(Budget("bit operations", costs, options.max_bops * at_8_bits))
-        try:
-            allocate({name: dict.fromkeys(bits, 0.0) for name in self.layers}, budgets, self.ties)
-        except ValueError as error:
-            raise UsageError(str(error)) from error
-        return budgets
+        return budgets(self.options, self.graph, self.layers, self.ties, self.example)
 
     @property
     def num_params(self) -> int:
         """Quantizable weights."""
         return sum(layer.num_params for layer in self.layers.values())
 
+    @property
+    def generator(self) -> torch.Generator:
+        """A new generator for one stage, so that none depends on which others have run."""
+        return torch.Generator().manual_seed(self.options.seed)
+
     def traces(self) -> LayerReport:
         """The Hessian trace of every layer's weights."""
         weights = [layer.weight for layer in self.layers.values()]
-        generator = torch.Generator().manual_seed(self.options.seed)
 
         def compute() -> bytes:
-            report = layer_report(self.graph, self.task.loss, self.calibration, weights, generator=generator, progress=True)
+            loss = self.task.loss
+            report = layer_report(self.graph, loss, self.calibration, weights, generator=self.generator, progress=True)
             return report.to_json().encode()
 
         return LayerReport.from_json(self.stages.run("traces", self.key, compute).decode())
 
-    def sensitivities(self, traces: LayerReport) -> SensitivityTable:
-        """What each width of each layer costs."""
-        bits = self.options.bits
-
-        def compute() -> Any:
-            return rounding_errors(self.graph, self.layers, bits, progress=True)
-
-        stored = self.stages.run_json("rounding-errors", self.key | {"bits": bits}, compute)
-        errors = {name: {int(width): error for width, error in row.items()} for name, row in stored.items()}
-        if self.options.sensitivity == "weight-error":
-            return weight_error(errors)
-        return hessian_trace(self.layers, errors, traces)
-
     def allocate(self, table: SensitivityTable, budgets: list[Budget]) -> Allocation:
         """The best widths within the budgets."""
-        return allocate(table, budgets, self.ties).with_activations(self.options.activations)
+        return allocate(table, budgets, self.ties).with_activations(self.options.activation_bits)
 
     def quantize(self, allocation: Allocation) -> bytes:
         """The packed file of the network at these widths."""
 
         def compute() -> bytes:
-            return storage.to_bytes(self._quantized(allocation, progress=True))
+            return storage.to_bytes(self.quantized(allocation, progress=True))
 
-        packed = self.stages.run("quantization", self._inputs(allocation), compute)
+        return self.check_size(self.stages.run("quantization", self.inputs(allocation), compute))
+
+    def finetune(self, packed: bytes, allocation: Allocation) -> bytes:
+        """The packed file after training at its widths, on the training data or, where there are none, the distilled ones."""
+        options = self.options
+        settings = {"epochs": options.finetune, "order": options.finetune_order, "packed": bytes_digest(packed)}
+        inputs = self.inputs(allocation) | settings | {"batch_size": options.batch_size}
+
+        def eigenvalues() -> dict[str, float]:
+            objective = Objective(self.graph, self.task.loss, self.calibration)
+            found = top_eigenvalues(objective, self.layers, generator=self.generator, progress=True)
+            return {name: eigenvalue.value for name, eigenvalue in found.items()}
+
+        def compute() -> bytes:
+            model, order, shuffling = storage.from_bytes(packed, self.graph), None, self.generator
+            if options.finetune_order == "hawq-v1":
+                order = hawq_v1_order(model, self.graph, self.stages.run_json("eigenvalues", self.key, eigenvalues))
+            data = self.calibration
+            if not options.data_free:
+                data = DataLoader(self.task.train, options.batch_size, shuffle=True, generator=shuffling)
+            trained = finetune(
+                model,
+                self.graph,
+                data,
+                self.task.loss,
+                epochs=options.finetune,
+                order=order,
+                checkpoint=self.stages.folder / f"fine-tuning-checkpoint-{digest(inputs)[:16]}",
+                generator=shuffling,
+                progress=True,
+            )
+            return storage.to_bytes(trained)
+
+        return self.check_size(self.stages.run("fine-tuning", inputs, compute))
+
+    def check_size(self, packed: bytes) -> bytes:
+        """The file; RuntimeError where it is larger than allowed."""
         if self.options.max_size is not None and len(packed) > self.options.max_size:
             raise RuntimeError(f"model.safetensors has {len(packed)} bytes, more than --max-size {self.options.max_size}")
         return packed
 
-    def export(self, model: QuantizedModel, allocation: Allocation) -> dict[str, bytes]:
+    def export(self, model: QuantizedModel, packed: bytes) -> dict[str, bytes]:
         """ONNX files of the float and of the quantized network."""
 
         def compute(network: fx.GraphModule) -> Callable[[], bytes]:
             return lambda: onnx_export.to_bytes(network, self.example)
 
+        inputs = self.key | {"packed": bytes_digest(packed)}
         return {
             "float": self.stages.run("float-export", self.key, compute(self.graph)),
-            "quantized": self.stages.run("export", self._inputs(allocation), compute(model)),
+            "quantized": self.stages.run("export", inputs, compute(model)),
         }
 
     def evaluate(self, network: Callable[[torch.Tensor], torch.Tensor], where: str) -> Evaluation:
         """Metric and loss on the evaluation data."""
         return evaluate(network, self.task, self.evaluation, progress=f"evaluation in {where}")
 
-    def frontier(self, table: SensitivityTable) -> list[Point]:
-        """The best allocation at each average width, quantized and measured."""
-
-        def measure(allocation: Allocation) -> tuple[int, float, float]:
-            model = self._quantized(allocation)
-            result = evaluate(model, self.task, self.evaluation)
-            return len(storage.to_bytes(model)), result.loss - self.float_result.loss, result.metric
-
-        def compute() -> list[dict[str, Any]]:
-            costs = weight_bits(self.layers, self.options.bits)
-            predicts = table.method == "hessian-trace"
-            points = frontier(table, costs, self.num_params, self.ties, measure, predicts_loss=predicts, progress=True)
-            return [asdict(point) for point in points]
-
-        inputs = self.key | self._settings() | {"table": dict(table)}
-        return [Point(**point) for point in self.stages.run_json("frontier", inputs, compute)]
-
-    def latencies(self, files: dict[str, bytes], allocation: Allocation) -> dict[str, dict[str, float]]:
+    def latencies(self, files: dict[str, bytes], packed: bytes) -> dict[str, dict[str, float]]:
         """Milliseconds of the files in onnxruntime."""
 
         def compute() -> dict[str, dict[str, float]]:
             with tqdm(desc="latency", total=4, unit="setting") as bar:
                 return runtime.latencies(files, self.example, advance=bar.update)
 
-        result: dict[str, dict[str, float]] = self.stages.run_json("latency", self._inputs(allocation), compute)
+        inputs = self.key | {"packed": bytes_digest(packed)}
+        result: dict[str, dict[str, float]] = self.stages.run_json("latency", inputs, compute)
         return result
 
-    def _quantized(self, allocation: Allocation, progress: bool = False) -> QuantizedModel:
-        return quantize_model(self.graph, allocation, self.calibration, progress=progress, **self._settings())
+    def quantized(self, allocation: Allocation, progress: bool = False) -> QuantizedModel:
+        """The network at these widths."""
+        settings = self.settings()
+        return quantize_model(self.graph, allocation, self.calibration, generator=self.generator, progress=progress, **settings)
 
-    def _settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """How `quantize_model` is called, whatever the widths."""
-        return {
-            "rounding": self.options.rounding,
-            "activations": self.options.activations,
-            "bias_correction": self.options.bias_correction,
-            "range_method": self.options.ranges,
+        options = self.options
+        settings = {
+            "rounding": options.rounding,
+            "activations": options.activation_bits,
+            "bias_correction": options.bias_correction,
+            "range_method": options.ranges,
+            "group_size": options.group_size,
+            "symmetric": options.symmetric,
+            "equalize": options.equalize,
+            "smooth": options.smooth,
+            "augment": options.augment,
+            "reestimate_batch_norm": options.reestimate_batch_norm,
         }
+        return {k: v for k, v in settings.items() if k in inspect.signature(quantize_model).parameters}  # MERGE: all
 
-    def _inputs(self, allocation: Allocation) -> dict[str, Any]:
+    def inputs(self, allocation: Allocation) -> dict[str, Any]:
         """What a stage after the allocation depends on."""
-        return self.key | self._settings() | {"bits": allocation.bits}
+        return self.key | self.settings() | {"bits": allocation.bits}
+
+
+def widened(allocation: Allocation, name: str, table: SensitivityTable, budgets: list[Budget]) -> Allocation:
+    """The allocation with one layer at 8 bits, or, where it has them, in float; its budgets may be exceeded."""
+    bits = {row: width for row, width in allocation.bits.items() if row != name or width < 8}
+    bits |= {name: 8} if name in bits else {}
+    return replace(
+        allocation,
+        bits=bits,
+        objective=float(sum(table[row].get(width, 0.0) for row, width in bits.items())),
+        gap=None,
+        budgets={budget.name: BudgetUse(float(budget.limit), budget.used(bits)) for budget in budgets if not budget.products},
+    )
 
 
 def _prepare_folder(options: Options, model: torch.nn.Module) -> Stages:

@@ -1,14 +1,13 @@
-"""The command line of `python -m hawq.quantize`."""
+"""What `python -m hawq.quantize` is asked to do."""
 
-import argparse
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from hawq.rounding import ROUNDINGS
-from hawq.sensitivity import METHODS
-
 OUTPUTS = ("model.safetensors", "model.onnx", "allocation.json", "layers.json", "report.html", "report.json")
+EXTRA_OUTPUTS = ("torchao.json", "fake_quantized.safetensors")
+
+_NO_LOSS = ("top-eigenvalue", "q-bert", "weight-error")  # sensitivities in units of their own
 
 
 class UsageError(ValueError):
@@ -17,32 +16,67 @@ class UsageError(ValueError):
 
 @dataclass(frozen=True)
 class Options:
-    """What to quantize, how, and where to write it; see `parser` for units."""
+    """What to quantize, how, and where to write it; see `hawq.command_line` for units.
+
+    activations: the widths offered to activations, none of them for float. layer_bits: {glob: widths} in place of `bits`.
+    """
 
     task: str
     out: Path
     weights: Path | None = None
     bits: tuple[int, ...] = (2, 3, 4, 5, 6, 8)
-    activations: int | None = 8
+    activations: tuple[int, ...] = (8,)
+    layer_bits: dict[str, tuple[int, ...]] | None = None
     avg_bits: float | None = None
     max_size: int | None = None
     max_bops: float | None = None
-    sensitivity: str = "hessian-trace"
+    max_latency: float | None = None
+    max_drop: float | None = None
+    sensitivity: str = "auto"
     rounding: str = "nearest"
+    group_size: int | None = None
+    symmetric: bool = False
+    equalize: bool = False
+    smooth: bool = False
+    augment: bool = True
+    reestimate_batch_norm: bool = False
     bias_correction: bool = True
     ranges: str = "mse"
+    finetune: int = 0
+    finetune_order: str | None = None
+    data_free: bool = False
+    pareto: bool = False
     calibration_size: int = 512
     batch_size: int = 128
     seed: int = 0
     drop_unreached: bool = False
+    extra_formats: bool = False
     force: bool = False
     resume: bool = False
     json: bool = False
     debug: bool = False
 
+    @property
+    def activation_bits(self) -> int | None:
+        """The width of activations that have none of their own, None for float."""
+        return max(self.activations, default=None)
+
+    @property
+    def offered_bits(self) -> tuple[int, ...]:
+        """Every width that some layer may have."""
+        globs = (self.layer_bits or {}).items()
+        return tuple(
+            sorted({*self.bits, *(width for glob, row in globs if not glob.startswith("activation:") for width in row)})
+        )
+
+    @property
+    def outputs(self) -> tuple[str, ...]:
+        """The files written, report.json last."""
+        return (*EXTRA_OUTPUTS, *OUTPUTS) if self.extra_formats else OUTPUTS
+
     def check(self) -> None:
         """Raise UsageError for values that contradict each other or their range."""
-        narrowest = min(self.bits)
+        narrowest = min(self.offered_bits)
         if self.avg_bits is not None and not math.isfinite(self.avg_bits):
             raise UsageError(f"--avg-bits {self.avg_bits}: give a number of bits a weight")
         if self.avg_bits is not None and self.avg_bits < narrowest:
@@ -52,10 +86,32 @@ class Options:
             )
         if self.max_size is not None and self.max_size <= 0:
             raise UsageError(f"--max-size {self.max_size}: give a positive number of bytes")
-        if self.max_bops is not None and not 0 < self.max_bops < math.inf:
-            raise UsageError(f"--max-bops {self.max_bops}: give a positive fraction of the bit operations at 8 bits")
+        for name, value, of_what in (
+            ("--max-bops", self.max_bops, "bit operations"),
+            ("--max-latency", self.max_latency, "seconds"),
+        ):
+            if value is not None and not 0 < value < math.inf:
+                raise UsageError(f"{name} {value}: give a positive fraction of the {of_what} at 8 bits")
+        if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
+            raise UsageError(f"--max-drop {self.max_drop}: give how far the metric may fall, such as 0.01")
         if self.calibration_size < 1 or self.batch_size < 1:
             raise UsageError("--calibration-size and --batch-size must be positive numbers of examples")
+        if self.finetune < 0:
+            raise UsageError(f"--finetune {self.finetune}: give a number of epochs")
+        if self.finetune_order is not None and not self.finetune:
+            raise UsageError(f"--finetune-order {self.finetune_order} needs --finetune EPOCHS")
+        if self.group_size is not None and self.group_size < 1:
+            raise UsageError(f"--group-size {self.group_size}: give a positive number of weights")
+        self._check_activations()
+
+    def _check_activations(self) -> None:
+        if self.activations and 8 not in self.activations:
+            raise UsageError("activations take 8 bits, or none of quantization; offer others beside it: --activations 4 8")
+        if len(self.activations) > 1 and self.sensitivity in _NO_LOSS:
+            raise UsageError(
+                f"--sensitivity {self.sensitivity} cannot be compared with that of activations, which several --activations "
+                "need: use auto, hessian-trace, second-order, fisher or kl"
+            )
 
     def check_folder(self) -> None:
         """Raise UsageError where the output folder cannot be used or would be overwritten."""
@@ -64,103 +120,7 @@ class Options:
                 raise UsageError(f"--out {self.out}: {path} is a file, not a folder")
         if self.out.is_dir() and not self.out.stat().st_mode & 0o222:
             raise UsageError(f"--out {self.out} is read-only: name another folder or change its permissions")
-        present = [name for name in OUTPUTS if (self.out / name).exists()]
+        present = [name for name in (*OUTPUTS, *EXTRA_OUTPUTS) if (self.out / name).exists()]
         cut_short = self.resume and "report.json" not in present  # written last, by a run that finished
         if present and not self.force and not cut_short:
             raise UsageError(f"--out {self.out} already holds {', '.join(present)}: name another folder or add --force")
-
-
-def parse(arguments: list[str] | None = None) -> Options:
-    """The options of a command line; exits with code 2 and a message where it makes no sense."""
-    values = vars(parser().parse_args(arguments))
-    values["bits"] = tuple(sorted(set(values["bits"])))
-    values["out"] = values["out"] or Path("out") / values["task"].replace(":", "-")
-    return Options(**values)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Every option with its unit."""
-    result = argparse.ArgumentParser(
-        prog="python -m hawq.quantize",
-        description="Shrink a trained network: per-layer bits from its curvature, packed weights, an ONNX file that runs "
-        "on integer kernels, and a report that shows why.",
-        epilog="""examples:
-  python -m hawq.quantize digits-resnet20 --avg-bits 4
-  python -m hawq.quantize digits-mobilenet --max-size 60000 --max-bops 0.6 --out out/small
-  python -m hawq.quantize my_package.tasks:cifar --weights model.safetensors --avg-bits 3 --activations none
-exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = result.add_argument
-    add("task", metavar="TASK", help="a built-in task (digits-resnet20, digits-mobilenet) or package.module:function")
-    add("--out", type=Path, metavar="DIR", help="folder for the results (default: out/TASK, a colon becoming a dash)")
-    add("--weights", type=Path, metavar="FILE", help="weights for the task's model: safetensors, or a torch state dict")
-    budgets = result.add_argument_group("budgets (any of them together; default: --avg-bits 4)")
-    budgets.add_argument("--avg-bits", type=float, metavar="X", help="bits a weight, on average over all quantized weights")
-    budgets.add_argument("--max-size", type=int, metavar="BYTES", help="size of model.safetensors in bytes")
-    budgets.add_argument(
-        "--max-bops",
-        type=float,
-        metavar="RATIO",
-        help="bit operations, as a fraction of those at 8-bit weights and activations",
-    )
-    add(
-        "--bits",
-        type=_width,
-        nargs="+",
-        default=(2, 3, 4, 5, 6, 8),
-        metavar="B",
-        help="widths offered to every layer, 2 to 8 (default: 2 3 4 5 6 8)",
-    )
-    add(
-        "--activations",
-        type=_activation_width,
-        default=8,
-        metavar="8|none",
-        help="bits of activations, or none to leave them in float (default: 8)",
-    )
-    add("--sensitivity", choices=METHODS, default="hessian-trace", help="what a narrow layer costs (default: %(default)s)")
-    add("--rounding", choices=tuple(ROUNDINGS), default="nearest", help="how weights are rounded (default: %(default)s)")
-    add(
-        "--no-bias-correction",
-        dest="bias_correction",
-        action="store_false",
-        help="do not give biases the mean error that rounding causes",
-    )
-    add(
-        "--ranges",
-        choices=("mse", "percentile", "min-max"),
-        default="mse",
-        help="how activation ranges are chosen (default: %(default)s)",
-    )
-    add(
-        "--calibration-size",
-        type=int,
-        default=512,
-        metavar="N",
-        help="training examples for curvature and calibration (default: %(default)s)",
-    )
-    add("--batch-size", type=int, default=128, metavar="N", help="examples at a time (default: %(default)s)")
-    add("--seed", type=int, default=0, metavar="S", help="seed of all sampling (default: %(default)s)")
-    add("--drop-unreached", action="store_true", help="accept that weights which the data never reach are left out")
-    add("--force", action="store_true", help="overwrite results in the output folder")
-    add(
-        "--resume",
-        action="store_true",
-        help="reuse the finished stages of an earlier run whose inputs have not changed (with --force: of one that ended, too)",
-    )
-    add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
-    add("--debug", action="store_true", help="show the traceback of an error")
-    return result
-
-
-def _activation_width(text: str) -> int | None:
-    if text not in {"8", "none"}:
-        raise argparse.ArgumentTypeError(f"{text!r}: activations take 8 bits, or none of quantization")
-    return None if text == "none" else 8
-
-
-def _width(text: str) -> int:
-    if text not in {"2", "3", "4", "5", "6", "7", "8"}:
-        raise argparse.ArgumentTypeError(f"{text!r} is no width: widths are whole numbers from 2 to 8")
-    return int(text)

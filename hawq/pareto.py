@@ -18,7 +18,9 @@ _WEIGHTS = "bits of weights"
 class Point:
     """One allocation of the frontier: bytes of the packed file, the predicted and the measured increase of the loss.
 
-    dominated: another point of the frontier has no more bytes and no more measured increase, and less of one of them.
+    measured_increase, metric: of the whole network on the evaluation data. audited_increase: of what the objective, the sum
+    of the table's entries, is about (see `hawq.prediction`). dominated: another point of the frontier has no more bytes
+    and no more measured increase, and less of one of them.
     """
 
     average_bits: float
@@ -26,6 +28,8 @@ class Point:
     predicted_increase: float | None
     measured_increase: float
     metric: float
+    objective: float
+    audited_increase: float
     dominated: bool = False
 
 
@@ -34,27 +38,30 @@ def frontier(
     bit_costs: Mapping[str, Mapping[int, float]],
     num_params: int,
     ties: Iterable[Sequence[str]],
-    measure: Callable[[Allocation], tuple[int, float, float]],
+    measure: Callable[[Allocation], tuple[int, float, float, float]],
     *,
-    predicts_loss: bool,
+    predicts: float | None,
     budgets: Sequence[Budget] = (),
     averages: Sequence[float] = AVERAGES,
     progress: bool = False,
 ) -> list[Point]:
-    """Allocate at each average width that the table offers; `measure` returns (file bytes, loss increase, metric).
+    """Allocate at each average width that the table offers; `measure` returns (file bytes, loss increase, metric, audited one).
 
-    `predicts_loss`: whether half of the objective predicts the loss increase (HAWQ-V2's table) or has other units.
+    `predicts`: the factor that turns an objective into a predicted increase of the loss, None where it has other units.
     `budgets`: limits that every point keeps besides.
     """
     widths = sorted({bits for name, row in table.items() if name in bit_costs for bits in row})
-    limits = [average * num_params for average in averages if widths[0] <= average <= widths[-1]]
+    ties = list(ties)
+    groups = [group for group in tied_groups(table, ties) if group[0] in bit_costs]
+    least = sum(min(sum(bit_costs[name][bits] for name in group) for bits in common_widths(table, group)) for group in groups)
+    limits = [average * num_params for average in averages if average <= widths[-1] and average * num_params >= least]
     points = []
     allocations = optimal_allocations(table, Budget(_WEIGHTS, bit_costs, 0.0), limits, ties, budgets)
     for allocation in tqdm(allocations, desc="frontier", unit="allocation", disable=not progress):
-        file_bytes, increase, metric = measure(allocation)
+        file_bytes, increase, metric, audited = measure(allocation)
         used = allocation.budgets[_WEIGHTS].used / num_params
-        predicted = allocation.objective / 2 if predicts_loss else None
-        points.append(Point(used, file_bytes, predicted, increase, metric))
+        predicted = None if predicts is None else predicts * allocation.objective
+        points.append(Point(used, file_bytes, predicted, increase, metric, allocation.objective, audited))
     return mark_dominated(points)
 
 

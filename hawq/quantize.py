@@ -2,11 +2,14 @@
 
 import json
 import logging
+import math
 import os
 import shutil
 import signal
 import sys
+import time
 import traceback
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,12 +17,26 @@ import safetensors.torch
 import torch
 
 from hawq import runtime, storage
-from hawq.job import Job
-from hawq.options import OUTPUTS, Options, UsageError, parse
-from hawq.report import build_report, render_html, summary
+from hawq.allocate import Budget
+from hawq.allocation import Allocation
+from hawq.command_line import parse
+from hawq.evaluation import Evaluation
+from hawq.extra_formats import fake_quantized, torchao_config
+from hawq.integer_inference import integer_only
+from hawq.job import Job, logger, widened
+from hawq.kernels import explain_kernels
+from hawq.measurement import guilty_layer, measure
+from hawq.model import QuantizedModel
+from hawq.options import EXTRA_OUTPUTS, Options, UsageError
+from hawq.page import render_html, summary
+from hawq.prediction import sensitivities, smallest, stable
+from hawq.report import build_report
+from hawq.sensitivity import SensitivityTable
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.task import UnknownTaskError
+
+_MOST_RAISED = 3  # layers, after which a loss that stays infinite is an error
 
 
 def quantize(options: Options) -> dict[str, Any]:
@@ -28,26 +45,37 @@ def quantize(options: Options) -> dict[str, Any]:
     budgets = job.budgets()
 
     traces = job.traces()
-    table = job.sensitivities(traces)
-    allocation = job.allocate(table, budgets)
+    table = sensitivities(job, traces)
+    allocation, trials = job.allocate(table, budgets), None
+    if options.max_drop is not None:
+        allocation, trials = smallest(job, table, budgets)
+    held = stable(job, table, budgets, allocation)
 
-    packed = job.quantize(allocation)
-    model = storage.from_bytes(packed, job.graph)
-    onnx_files = job.export(model, allocation)
+    rounded = _quantize(job, table, budgets, allocation)
+    allocation, packed, model, result = rounded.allocation, rounded.packed, rounded.model, rounded.result
+    if options.finetune:
+        packed = job.finetune(packed, allocation)
+        model = storage.from_bytes(packed, job.graph)
+        result = job.evaluate(model, "torch")
+    onnx_files = job.export(model, packed)
 
     results = {
         "float": job.float_result,
-        "quantized": job.evaluate(model, "torch"),
+        "quantized": result,
         "onnx": job.evaluate(runtime.network(onnx_files["quantized"]), "onnxruntime"),
     }
-    points = job.frontier(table)
-    latency = job.latencies(onnx_files, allocation)
+    measured = measure(job, table, allocation, rounded.model, rounded.seconds)
+    integers = integer_only(job, model, packed)
+    latency = job.latencies(onnx_files, packed)
 
     report = build_report(
         job,
         traces=traces,
         table=table,
         allocation=allocation,
+        stability=held,
+        trials=trials,
+        raised=rounded.raised,
         results=results,
         files={
             "float.safetensors": len(_state_file(job.task.model)),
@@ -55,22 +83,63 @@ def quantize(options: Options) -> dict[str, Any]:
             "model.safetensors": len(packed),
             "model.onnx": len(onnx_files["quantized"]),
         },
-        kernels=runtime.kernels(onnx_files["quantized"]),
+        kernels=explain_kernels(onnx_files["quantized"]),
+        integers=integers,
         latency=latency,
-        points=points,
+        measured=measured,
     )
-    _write_outputs(
-        options.out,
-        {
-            "model.safetensors": packed,
-            "model.onnx": onnx_files["quantized"],
-            "allocation.json": allocation.to_json().encode(),
-            "layers.json": traces.to_json().encode(),
-            "report.html": render_html(report, job.graph, model).encode(),
-            "report.json": (json.dumps(report, indent=1) + "\n").encode(),
-        },
-    )
+    outputs = {
+        "model.safetensors": packed,
+        "model.onnx": onnx_files["quantized"],
+        "allocation.json": allocation.to_json().encode(),
+        "layers.json": traces.to_json().encode(),
+        "report.html": render_html(report, job.graph, model).encode(),
+        "report.json": (json.dumps(report, indent=1) + "\n").encode(),
+    }
+    if options.extra_formats:
+        extra = (torchao_config(model, options.group_size).encode(), fake_quantized(model, job.graph))
+        outputs = dict(zip(EXTRA_OUTPUTS, extra, strict=True)) | outputs
+    assert tuple(outputs) == options.outputs
+    _write_outputs(options.out, outputs)
     return report
+
+
+@dataclass(frozen=True)
+class _Rounded:
+    """The network at its widths before any training; what was `raised` to make its loss finite; `seconds` that it took."""
+
+    allocation: Allocation
+    packed: bytes
+    model: QuantizedModel
+    result: Evaluation
+    raised: list[dict[str, Any]]
+    seconds: float
+
+
+def _quantize(job: Job, table: SensitivityTable, budgets: list[Budget], allocation: Allocation) -> _Rounded:
+    """Round; where the loss is infinite or NaN the layer at fault gets 8 bits, then float, and all is rounded again."""
+    raised: list[dict[str, Any]] = []
+    while True:
+        packed = job.quantize(allocation)
+        model = storage.from_bytes(packed, job.graph)
+        started = time.perf_counter()
+        result = job.evaluate(model, "torch")
+        spent = job.stages.seconds["quantization"] + time.perf_counter() - started
+        if math.isfinite(result.loss):
+            # Kept, since a run that resumes does not quantize again and could not tell.
+            seconds = job.stages.run_json("seconds", job.inputs(allocation), lambda: spent)  # noqa: B023
+            return _Rounded(allocation, packed, model, result, raised, seconds)
+        if len(raised) == _MOST_RAISED:
+            names = ", ".join(row["layer"] for row in raised)
+            raise ValueError(
+                f"the loss of the quantized network is {result.loss}, even after more bits for {names}: raise the budget, or "
+                "give the layers that must stay exact more bits with --layer-bits"
+            )
+        name = guilty_layer(job, table, allocation, model)
+        before, allocation = allocation.bits[name], widened(allocation, name, table, budgets)
+        after = allocation.bits.get(name)
+        raised.append({"layer": name, "bits_before": before, "bits": after})
+        logger.warning("the loss is %s: layer %r goes from %d bits to %s", result.loss, name, before, after or "float")
 
 
 def _state_file(model: torch.nn.Module) -> bytes:
@@ -80,7 +149,6 @@ def _state_file(model: torch.nn.Module) -> bytes:
 
 def _write_outputs(folder: Path, files: dict[str, bytes]) -> None:
     """Write all files aside, then rename them into place, report.json last."""
-    assert tuple(files) == OUTPUTS
     partial = folder / ".partial"
     partial.mkdir(parents=True)
     for name, content in files.items():

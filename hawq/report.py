@@ -1,24 +1,25 @@
-"""What the job found: report.json, report.html, and a table for the terminal."""
+"""What the job found: report.json."""
 
+import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 from torch import fx
 
-from hawq import figures
 from hawq.allocation import Allocation
+from hawq.budgets import latencies
 from hawq.evaluation import Evaluation
-from hawq.graph import Layer, float_weights, get_tensor
+from hawq.graph import LAYER_OPERATIONS, Layer, float_weights, get_tensor
 from hawq.job import Job
-from hawq.model import QuantizedModel
+from hawq.kernels import Kernel
+from hawq.measurement import Measured
 from hawq.packing import packed_size
-from hawq.pareto import Point
 from hawq.sensitivity import SensitivityTable
+from hawq.stability import Stability
 from hessian.results import LayerReport
 
 FORMAT = "hessianware.quantization-report"
@@ -32,17 +33,21 @@ def build_report(
     table: SensitivityTable,
     allocation: Allocation,
     results: Mapping[str, Evaluation],
+    stability: Stability,
+    trials: Mapping[str, Any] | None,
+    raised: Sequence[Mapping[str, Any]],
     files: Mapping[str, int],
-    kernels: Mapping[str, int],
+    kernels: Sequence[Kernel],
+    integers: Mapping[str, Any] | None,
     latency: Mapping[str, Mapping[str, float]],
-    points: Sequence[Point],
+    measured: Measured,
 ) -> dict[str, Any]:
     """The contents of report.json; docs/report.md describes every field."""
-    layers = job.layers
+    layers = {name: layer for name, layer in job.layers.items() if name in allocation.bits}
     sizes = {name: packed_size(layer.num_params, allocation.bits[name]) for name, layer in layers.items()}
     quantized, onnx = results["quantized"], results["onnx"]
-    predicted = allocation.objective / 2 if table.method == "hessian-trace" else None
-    return {
+    predicted = None if table.predicts is None else table.predicts * allocation.objective
+    report = {
         "format": FORMAT,
         "version": VERSION,
         "task": job.task.name,
@@ -55,26 +60,83 @@ def build_report(
             "loss": onnx.loss,
             "agreement": _agreement(quantized.outputs, onnx.outputs),
             "largest_output_difference": float((quantized.outputs - onnx.outputs).abs().max()),
-            "kernels": dict(kernels),
+            "kernels": dict(Counter(kernel.kernel for kernel in kernels).most_common()),
         },
         "predicted_increase": predicted,
         "measured_increase": quantized.loss - results["float"].loss,
         "average_bits": allocation.average_bits({name: layer.num_params for name, layer in layers.items()}),
         "activation_bits": allocation.activation_bits,
+        "activations": allocation.activations,
+        "sensitivity": {"method": table.method, "predicts": table.predicts, "note": table.note},
+        "stability": stability.to_dict(),
+        "max_drop": trials,
+        "raised_layers": list(raised),
         "gap": allocation.gap,
         "budgets": {name: asdict(use) for name, use in allocation.budgets.items()},
         "weight_bytes": sum(sizes.values()),
         "float_weight_bytes": 4 * sum(layer.num_params for layer in layers.values()),
         "file_bytes": dict(files),
         "latency_ms": {name: dict(times) for name, times in latency.items()},
+        "latency_prediction": _latency_prediction(job, allocation, latency),
         "float_weights": float_weights(job.graph, layers),
+        "float_weight_reasons": {
+            name: _why_float(job.graph, name, [str(row["layer"]) for row in raised])
+            for name in float_weights(job.graph, layers)
+        },
+        "kernels": [asdict(kernel) for kernel in kernels],
+        "integer_only": integers,
         "layers": [
-            _layer_row(layer, job, traces, table, allocation) | {"weight_bytes": sizes[name]} for name, layer in layers.items()
+            _layer_row(layer, job, traces, table, allocation, stability) | {"weight_bytes": sizes[name]}
+            for name, layer in layers.items()
         ],
-        "frontier": [asdict(point) for point in points],
+        "frontier": [asdict(point) for point in measured.points],
+        "audit": None
+        if measured.audit is None or measured.on_evaluation is None
+        else measured.audit.to_dict() | {"evaluation": asdict(measured.on_evaluation)},
+        "not_measured": dict(measured.skipped),
         "seconds": dict(job.stages.seconds),
         "reused_stages": list(job.stages.reused),
     }
+    result: dict[str, Any] = _finite(report)
+    return result
+
+
+def _finite(value: Any) -> Any:
+    """The value with null in place of numbers that JSON does not have."""
+    if isinstance(value, Mapping):
+        return {name: _finite(part) for name, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _latency_prediction(job: Job, allocation: Allocation, latency: Mapping[str, Mapping[str, float]]) -> dict[str, Any] | None:
+    """The sum of the layers' measured times beside that of the network, where the first was a budget."""
+    if job.options.max_latency is None or not set(job.layers) <= set(allocation.bits):
+        return None
+    table = latencies(job.options, job.layers, progress=False)
+    found = table.compare(allocation.layers, latency["quantized"])
+    return {
+        "cpu": table.cpu,
+        "threads_batch": f"{table.threads}_{table.batch}",
+        "layers_ms": 1e3 * found.layers,
+        "layers_ms_stderr": 1e3 * found.stderr,
+        "network_ms": 1e3 * found.measured,
+        "other_ms": 1e3 * found.other,
+    }
+
+
+def _why_float(graph: fx.GraphModule, name: str, raised: Sequence[str]) -> str:
+    """Why a weight is not quantized."""
+    if name.removesuffix(".weight") in raised:
+        return "rounded to 8 bits, it made the loss infinite"
+    readers = [user for node in graph.graph.nodes if node.op == "get_attr" and node.target == name for user in node.users]
+    operations = ", ".join(sorted({str(reader.target).rpartition(".")[0] for reader in readers}))
+    if len(readers) > 1:
+        return f"read by {len(readers)} operations ({operations})"
+    if any(reader.target in LAYER_OPERATIONS for reader in readers):
+        return f"{operations} is not quantized in this form"
+    return f"{operations} is no operation whose weights are quantized"
 
 
 def _agreement(one: torch.Tensor, other: torch.Tensor) -> float | None:
@@ -84,9 +146,12 @@ def _agreement(one: torch.Tensor, other: torch.Tensor) -> float | None:
     return float((one.argmax(1) == other.argmax(1)).double().mean())
 
 
-def _layer_row(layer: Layer, job: Job, traces: LayerReport, table: SensitivityTable, allocation: Allocation) -> dict[str, Any]:
+def _layer_row(
+    layer: Layer, job: Job, traces: LayerReport, table: SensitivityTable, allocation: Allocation, stability: Stability
+) -> dict[str, Any]:
     row = traces[layer.weight]
     bits = allocation.bits[layer.name]
+    held = stability.rows.get(layer.name)
     return {
         "name": layer.name,
         "weight": layer.weight,
@@ -99,111 +164,8 @@ def _layer_row(layer: Layer, job: Job, traces: LayerReport, table: SensitivityTa
         "exact": row.exact,
         "reason": row.reason,
         "bits": bits,
-        "sensitivity": table[layer.name][bits],
-        "sensitivity_stderr": table.stderr[layer.name][bits],
+        "sensitivity": table[layer.name].get(bits),  # a width that was not on offer has none
+        "sensitivity_stderr": table.stderr[layer.name].get(bits),
+        "bits_range": None if held is None else [held.narrowest, held.widest],
         "tied_with": [name for tie in job.ties if layer.name in tie for name in tie if name != layer.name],
     }
-
-
-def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel) -> str:
-    """The report as one self-contained page."""
-    weights = {row["name"]: get_tensor(graph, row["weight"]).detach() for row in report["layers"]}
-    pictures = {
-        "bits": figures.bits(report["layers"]),
-        "sensitivity": figures.sensitivity(report["layers"]),
-        "frontier": figures.frontier([point | {"label": metric_text(point["metric"])} for point in report["frontier"]], report),
-        "weights": figures.weights(weights, model),
-    }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
-    environment.globals["metric_change"] = metric_change
-    template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
-    return template.render(
-        report=report,
-        pictures=pictures,
-        rows=comparison(report),
-        fidelity=_fidelity(report),
-        left_in_float=_left_in_float(report),
-    )
-
-
-def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
-    """Rows (what, float, quantized, ratio or difference) that a person compares."""
-    plain, small, onnx, bytes_ = report["float"], report["quantized"], report["onnx"], report["file_bytes"]
-    rows = [
-        ("metric (torch)", metric_text(plain["metric"]), metric_text(small["metric"]), metric_change(plain, small)),
-        ("metric (onnxruntime)", "", metric_text(onnx["metric"]), metric_change(plain, onnx)),
-        ("loss", f"{plain['loss']:.4f}", f"{small['loss']:.4f}", f"{small['loss'] - plain['loss']:+.4f}"),
-        ("average bits of a weight", "32", f"{report['average_bits']:.2f}", ""),
-        _bytes_row("weights", report["float_weight_bytes"], report["weight_bytes"]),
-        _bytes_row("model.safetensors", bytes_["float.safetensors"], bytes_["model.safetensors"]),
-        _bytes_row("model.onnx", bytes_["float.onnx"], bytes_["model.onnx"]),
-    ]
-    for setting, before in report["latency_ms"]["float"].items():
-        threads, batch = setting.split("_")
-        after = report["latency_ms"]["quantized"][setting]
-        label = f"latency, {threads} thread{'s' * (threads != '1')}, batch {batch}"
-        rows.append((label, f"{before:.3f} ms", f"{after:.3f} ms", _ratio(before, after, "faster", "slower")))
-    return rows
-
-
-def metric_text(value: float) -> str:
-    """A share in per cent; a metric that is no share as it is."""
-    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
-
-
-def metric_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:
-    """The difference of two results' metrics, in points where both are shares."""
-    difference = after["metric"] - before["metric"]
-    shares = all(0 <= result["metric"] <= 1 for result in (before, after))
-    return f"{100 * difference:+.2f} points" if shares else f"{difference:+.4g}"
-
-
-def _ratio(before: float, after: float, better: str, worse: str) -> str:
-    return f"{before / after:.2f} x {better}" if before >= after else f"{after / before:.2f} x {worse}"
-
-
-def _bytes_row(name: str, before: int, after: int) -> tuple[str, str, str, str]:
-    return name, f"{before:,} B", f"{after:,} B", _ratio(before, after, "smaller", "larger")
-
-
-def _fidelity(report: Mapping[str, Any]) -> str:
-    """How close the file in onnxruntime is to the quantized torch module."""
-    agreement, difference = report["onnx"]["agreement"], report["onnx"]["largest_output_difference"]
-    if agreement is None:
-        return f"largest difference between outputs in onnxruntime and torch: {difference:.3g}"
-    return (
-        f"onnxruntime and torch agree on {agreement:.2%} of {report['examples']} examples; "
-        f"largest output difference {difference:.3g}"
-    )
-
-
-def _left_in_float(report: Mapping[str, Any]) -> list[str]:
-    """What was not quantized, as a line of text, if anything."""
-    left: Mapping[str, int] = report["float_weights"]
-    if not left:
-        return []
-    total = sum(left.values()) + sum(row["num_params"] for row in report["layers"])
-    names = ", ".join(list(left)[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-    return [f"left in float: {names} ({sum(left.values()) / total:.1%} of all weights)"]
-
-
-def summary(report: Mapping[str, Any], folder: Path) -> str:
-    """The comparison as a table of text, and where the report is."""
-    rows = [("", "float", "quantized", ""), *comparison(report)]
-    widths = [max(len(row[column]) for row in rows) for column in range(4)]
-    lines = [
-        f"{row[0]:{widths[0]}}  {row[1]:>{widths[1]}}  {row[2]:>{widths[2]}}  {row[3]:>{widths[3]}}".rstrip() for row in rows
-    ]
-    lines.insert(1, "-" * max(len(line) for line in lines))
-    bits = " ".join(str(row["bits"]) for row in report["layers"])
-    proof = "proven optimal" if report["gap"] is not None and report["gap"] <= 1e-9 else f"gap {report['gap']:.1e}"
-    lines += [
-        "",
-        f"bits by layer: {bits} ({proof})",
-        _fidelity(report),
-        *_left_in_float(report),
-        f"report: {folder / 'report.html'}",
-    ]
-    return "\n".join(lines)

@@ -58,6 +58,11 @@ def digest(inputs: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(inputs, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def bytes_digest(content: bytes) -> str:
+    """A SHA-256 of a file's contents."""
+    return hashlib.sha256(content).hexdigest()
+
+
 def model_digest(model: nn.Module) -> str:
     """A SHA-256 of a model's parameters and buffers, with their names."""
     tensors = dict((*model.named_parameters(), *model.named_buffers()))

@@ -33,7 +33,7 @@ def allowed_widths(table: Table, widths: Mapping[str, Sequence[int]]) -> Table:
     if not isinstance(table, SensitivityTable):
         return restricted
     stderr = {name: {bits: table.stderr[name][bits] for bits in row} for name, row in allowed.items()}
-    return SensitivityTable(restricted, stderr, table.method)
+    return SensitivityTable(restricted, stderr, table.method, table.predicts, table.note)
 
 
 def parse_widths(entries: Iterable[str]) -> dict[str, tuple[int, ...]]:

@@ -74,18 +74,20 @@ def test_the_measured_frontier():
 
     def measure(allocation):
         measured.append(allocation)
-        return int(allocation.budgets["bits of weights"].used), -0.1 if len(measured) == 2 else allocation.objective, 0.9
+        increase = -0.1 if len(measured) == 2 else allocation.objective
+        return int(allocation.budgets["bits of weights"].used), increase, 0.9, 3 * allocation.objective
 
-    points = frontier(table, costs, 40, [], measure, predicts_loss=True, budgets=[narrow], averages=FINE_AVERAGES)
+    points = frontier(table, costs, 40, [], measure, predicts=0.5, budgets=[narrow], averages=FINE_AVERAGES)
     assert len(points) == len(measured) == len({tuple(allocation.bits.values()) for allocation in measured})
     assert all(sorted(allocation.bits.values())[0] < 8 for allocation in measured)
     assert [point.dominated for point in points] == [False, False] + [True] * (len(points) - 2)
     assert [point.predicted_increase for point in points] == [allocation.objective / 2 for allocation in measured]
+    assert [point.audited_increase for point in points] == [3 * point.objective for point in points]
     assert points[0].average_bits == 2.0
 
 
 def test_dominated_points():
     nan = float("nan")
     increases = [(100, 0.5), (120, 0.5), (120, 0.4), (130, nan), (140, 0.4), (140, 0.1), (140, 0.1)]
-    points = [Point(4.0, size, None, increase, 0.9) for size, increase in increases]
+    points = [Point(4.0, size, None, increase, 0.9, 1.0, 0.0) for size, increase in increases]
     assert [point.dominated for point in mark_dominated(points)] == [False, True, False, False, True, False, False]

@@ -57,7 +57,7 @@ def sensitivity(
     objective = Objective(graph, loss, data)
     errors = weight_differences(graph, layers, bits, rounded, progress=progress)
     if method == "auto":
-        method = _automatic(graph, example[:2])
+        method = automatic_method(graph, example[:2])
     if method in ("kl", "second-order") and bias_correction:
         inputs = [batch[0] for batch in objective.batches()]
         errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
@@ -82,7 +82,8 @@ def sensitivity(
 
 
 @torch.no_grad()
-def _automatic(graph: fx.GraphModule, example: torch.Tensor) -> str:
+def automatic_method(graph: fx.GraphModule, example: torch.Tensor) -> str:
+    """What "auto" stands for."""
     outputs = graph(example)
     few = isinstance(outputs, torch.Tensor) and outputs[0].numel() <= MAX_OUTPUTS
     return "second-order" if few else "hessian-trace"
