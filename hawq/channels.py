@@ -56,12 +56,13 @@ _PER_PLACE = frozenset(  # operations on the places of each channel, channels se
     )
 )
 _CLIPPING = frozenset((aten.clamp.default, aten.clamp_min.default, aten.hardtanh.default, aten.relu6.default))
-_DEFAULT_LIMITS = {aten.hardtanh.default: (-1.0, 1.0), aten.relu6.default: (0.0, 6.0)}
+_DEFAULT_LIMITS: dict[Any, tuple[float, float]] = {aten.hardtanh.default: (-1.0, 1.0), aten.relu6.default: (0.0, 6.0)}
 
 
 @dataclass(frozen=True)
 class Readers:
-    """layers: for each layer that reads, the source's channel that each of its input channels holds. free: (channels,), those that reach layers and nothing else. barrier: the first operation found that stops the others."""
+    """layers: for each layer that reads, the source's channel that each of its input channels holds. free: (channels,), those
+    that reach layers and nothing else. barrier: the first operation found that stops the others."""
 
     layers: dict[str, torch.Tensor]
     free: torch.Tensor

@@ -9,7 +9,7 @@ from hawq.sensitivity import METHODS
 from hawq.widths import parse_widths
 
 _WIDTHS = ("2", "3", "4", "5", "6", "7", "8")
-_EXAMPLES = 512  # for curvature and calibration
+_EXAMPLES = 256  # for curvature and calibration
 _DISTILLED = 128  # where each costs a hundred gradients
 
 

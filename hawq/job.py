@@ -1,6 +1,5 @@
 """One quantization job: what it works on, and its steps, each a stage that a later run can reuse."""
 
-import inspect
 import logging
 import shutil
 from collections.abc import Callable
@@ -20,14 +19,14 @@ from hawq.budgets import budgets
 from hawq.calibration_batches import Batches, calibration_batches
 from hawq.evaluation import Evaluation, evaluate
 from hawq.finetune import finetune, hawq_v1_order
-from hawq.fold import folded
 from hawq.graph import Layer, example_inputs, find_layers, require_layers, tied_layers, unreached_weights
 from hawq.model import QuantizedModel, quantize_model
 from hawq.options import Options, UsageError
+from hawq.preparation import prepared
 from hawq.sensitivity import SensitivityTable
+from hawq.sensitivity.hessian import layer_traces
 from hawq.sensitivity.top_eigenvalue import top_eigenvalues
 from hawq.stages import Stages, bytes_digest, digest, model_digest, tensors_digest
-from hessian.estimators.layers import layer_report
 from hessian.objective import Objective, batches_of
 from hessian.results import LayerReport
 from hessian.task import Task, load_task
@@ -68,7 +67,13 @@ class Job:
         calibration = calibration_batches(options, task, stages, example)
         logger.info("evaluating the float network")
         result = evaluate(task.model, task, evaluation)
-        graph = folded(task.model, example)
+        graph = prepared(
+            task.model,
+            [batch[0] for batch in calibration],
+            reestimate_batch_norm=options.reestimate_batch_norm,
+            equalize=options.equalize,
+            smooth=options.smooth,
+        )
         key = {
             "network": str(graph.graph),
             "weights": model_digest(graph),
@@ -104,12 +109,10 @@ class Job:
 
     def traces(self) -> LayerReport:
         """The Hessian trace of every layer's weights."""
-        weights = [layer.weight for layer in self.layers.values()]
 
         def compute() -> bytes:
-            loss = self.task.loss
-            report = layer_report(self.graph, loss, self.calibration, weights, generator=self.generator, progress=True)
-            return report.to_json().encode()
+            objective = Objective(self.graph, self.task.loss, self.calibration)
+            return layer_traces(objective, self.layers, generator=self.generator, progress=True).to_json().encode()
 
         return LayerReport.from_json(self.stages.run("traces", self.key, compute).decode())
 
@@ -199,19 +202,15 @@ class Job:
     def settings(self) -> dict[str, Any]:
         """How `quantize_model` is called, whatever the widths."""
         options = self.options
-        settings = {
+        return {
             "rounding": options.rounding,
             "activations": options.activation_bits,
             "bias_correction": options.bias_correction,
             "range_method": options.ranges,
             "group_size": options.group_size,
             "symmetric": options.symmetric,
-            "equalize": options.equalize,
-            "smooth": options.smooth,
             "augment": options.augment,
-            "reestimate_batch_norm": options.reestimate_batch_norm,
         }
-        return {k: v for k, v in settings.items() if k in inspect.signature(quantize_model).parameters}  # MERGE: all
 
     def inputs(self, allocation: Allocation) -> dict[str, Any]:
         """What a stage after the allocation depends on."""

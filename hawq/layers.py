@@ -86,7 +86,7 @@ class QuantizedLayer(nn.Module):
         """The bias in the output's units."""
         if self.bias is None or self.bias_scale is None:
             return self.bias
-        return self.bias.to(self.scale.dtype) * self.bias_scale
+        return dequantize_weight(self.bias, self.bias_scale, 0)
 
     def set_bias(self, bias: torch.Tensor | None, input_scale: torch.Tensor | None) -> None:
         """Store `bias` as it is, or in integers where the input's scale is given and integer kernels exist.

@@ -15,6 +15,7 @@ from hawq.allocation import Allocation
 from hawq.audit import Audit, Comparison, audit
 from hawq.cost.size import weight_bits
 from hawq.evaluation import evaluate, mean_loss
+from hawq.graph import input_node
 from hawq.job import Job, logger
 from hawq.layers import QUANTIZERS
 from hawq.model import QuantizedModel
@@ -44,7 +45,7 @@ class _Replaced(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         if n.name in self.rounded:
-            return self.rounded[n.name](self.env[n.args[0]])  # type: ignore[index]
+            return self.rounded[n.name](self.env[input_node(n)])
         return super().run_node(n)
 
 
@@ -128,11 +129,6 @@ def _single_layers(
     job: Job, table: SensitivityTable, allocation: Allocation, model: QuantizedModel, float_loss: float, found: Measured
 ) -> Audit | None:
     """One layer at its chosen width and the others in float, for as many as 64 layers."""
-    changes = [f"--{name}" for name in ("equalize", "smooth") if getattr(job.options, name)]
-    changes += ["--reestimate-batch-norm"] if job.options.reestimate_batch_norm else []
-    if changes:
-        found.skipped["single layers"] = f"{' and '.join(changes)} change the float network that a layer would be put into"
-        return None
     names = list(model.layers())[:_MOST_LAYERS]
     started = time.perf_counter()
     together = audited_loss(job, model, replace(allocation, bits=allocation.layers)) - float_loss

@@ -46,7 +46,7 @@ class Options:
     finetune_order: str | None = None
     data_free: bool = False
     pareto: bool = False
-    calibration_size: int = 512
+    calibration_size: int = 256
     batch_size: int = 128
     seed: int = 0
     drop_unreached: bool = False

@@ -1,4 +1,4 @@
-"""The float network made ready: its graph with batch norm folded and, if wanted, its weights moved to where they round better."""
+"""The float network made ready: its graph with batch norm folded, its weights moved to where they round better."""
 
 from collections.abc import Sequence
 

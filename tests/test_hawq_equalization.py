@@ -1,5 +1,7 @@
 """Cross-layer equalisation: the same function, equal ranges, and nothing scaled that must not be."""
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -89,7 +91,7 @@ def test_ranges_become_equal():
 def test_deep_relu_networks(seed):
     torch.manual_seed(seed)
     widths = torch.randint(3, 20, (9,)).tolist()
-    layers = [layer for a, b in zip(widths, widths[1:], strict=False) for layer in (nn.Linear(a, b), nn.ReLU())]
+    layers = [layer for a, b in itertools.pairwise(widths) for layer in (nn.Linear(a, b), nn.ReLU())]
     _, pairs, _ = changed(uneven(nn.Sequential(*layers), seed), torch.randn(8, widths[0]))
     assert len(pairs) == 7
 

@@ -203,10 +203,10 @@ def test_networks_that_cannot_be_quantized():
     for bits in (1, 9, 4.5):
         with pytest.raises(ValueError, match=f"a width of {bits} bits"):
             hawq.quantize_model(model, hawq.Allocation({"weight": bits}), unlabelled(inputs))
-    with pytest.raises(ValueError, match="not to 4"):
-        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), activations=4)
-    with pytest.raises(ValueError, match="'gptq' is none of"):
-        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), rounding="gptq")
+    with pytest.raises(ValueError, match="not to 1"):
+        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), activations=1)
+    with pytest.raises(ValueError, match="'stochastic' is none of"):
+        hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs), rounding="stochastic")
     for activations in (8, None):
         with pytest.raises(ValueError, match="calibration batch 0 holds NaN or Inf"):
             hawq.quantize_model(model, hawq.Allocation({"weight": 4}), unlabelled(inputs / 0), activations=activations)

@@ -1,6 +1,7 @@
 r"""AdaRound (Nagel et al. 2020) on second moments: each weight goes up or down, whichever serves the row's outputs.
 
-With :math:`\hat w = s (\lfloor w / s \rfloor + h(V))` and :math:`h(V) = \mathrm{clip}(1.2\,\sigma(V) - 0.1, 0, 1)`, every row minimises
+With :math:`\hat w = s (\lfloor w / s \rfloor + h(V))` and
+:math:`h(V) = \mathrm{clip}(1.2\,\sigma(V) - 0.1, 0, 1)`, every row minimises
 
 .. math:: \frac{(\hat w - w) H (\hat w - w)^T}{E_0} + \frac{\lambda}{n} \sum_i 1 - |2 h(V_i) - 1|^\beta
 

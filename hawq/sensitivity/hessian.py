@@ -7,9 +7,43 @@ Half of the sum over layers is the expected increase of the loss, if rounding er
 
 from collections.abc import Mapping
 
+import torch
+
 from hawq.graph import Layer
 from hawq.sensitivity.table import Errors, SensitivityTable
+from hessian.estimators.exact_trace import MAX_OUTPUTS
+from hessian.estimators.layers import layer_report
+from hessian.objective import Objective
 from hessian.results import LayerReport
+
+_RTOL = 0.1  # of a trace: widths change by factors of four
+_MANY_OUTPUTS_RTOL = 0.2
+_MANY_OUTPUTS_EXAMPLES = 64  # that labels are drawn for: each draw is a backward pass
+
+
+def layer_traces(
+    objective: Objective, layers: Mapping[str, Layer], *, generator: torch.Generator | None = None, progress: bool = False
+) -> LayerReport:
+    """The Hessian trace of every layer's weight, of the first 64 examples where each has so many outputs that labels are
+    drawn (see `hessian.layer_report`)."""
+    weights = [layer.weight for layer in layers.values()]
+    first = next(iter(objective.batches()))
+    outputs = objective.outputs(first)
+    if isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS:
+        few = Objective(objective.model, objective.loss, _first(objective, _MANY_OUTPUTS_EXAMPLES))
+        return layer_report(few, params=weights, rtol=_MANY_OUTPUTS_RTOL, generator=generator, progress=progress)
+    return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
+
+
+def _first(objective: Objective, count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Batches of the first `count` examples."""
+    batches: list[tuple[torch.Tensor, torch.Tensor]] = []
+    for inputs, targets in objective.batches():
+        left = count - sum(len(batch[0]) for batch in batches)
+        if left <= 0:
+            break
+        batches.append((inputs[:left], targets[:left]))
+    return batches
 
 
 def hessian_trace(layers: Mapping[str, Layer], errors: Errors, traces: LayerReport) -> SensitivityTable:

@@ -9,7 +9,7 @@ from hawq.affine import check_width
 from hawq.fold import folded
 from hawq.graph import example_inputs, find_layers, require_layers
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
-from hawq.sensitivity.hessian import hessian_trace
+from hawq.sensitivity.hessian import hessian_trace, layer_traces
 from hawq.sensitivity.kl import kl
 from hawq.sensitivity.qbert import qbert, subsampled_eigenvalues
 from hawq.sensitivity.rounded import Rounded, squares, weight_differences, with_bias_correction
@@ -18,7 +18,6 @@ from hawq.sensitivity.table import SensitivityTable
 from hawq.sensitivity.top_eigenvalue import top_eigenvalue, top_eigenvalues
 from hawq.sensitivity.weight_error import weight_error
 from hessian.estimators.exact_trace import MAX_OUTPUTS
-from hessian.estimators.layers import layer_report
 from hessian.objective import Data, LossFunction, Objective
 
 METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order")
@@ -76,9 +75,7 @@ def sensitivity(
             return kl(objective, layers, errors, progress=progress)
         case "second-order":
             return second_order(objective, layers, errors, progress=progress)
-    weights = [layer.weight for layer in layers.values()]
-    report = layer_report(graph, loss, data, weights, generator=generator, progress=progress)
-    return hessian_trace(layers, squares(errors), report)
+    return hessian_trace(layers, squares(errors), layer_traces(objective, layers, generator=generator, progress=progress))
 
 
 @torch.no_grad()
