@@ -142,7 +142,8 @@ def _follow(node: fx.Node, source: fx.Node, numbers: Any) -> Any:
     if node.args[0] is not source or sum(read is source for read in _flat(node.args)) > 1:
         return None
     if node.target in _MOVING:
-        return node.target(*fx.map_arg(node.args, lambda read: numbers.contiguous() if read is source else _size(read)))
+        arguments = fx.map_arg(node.args, lambda read: numbers.contiguous() if read is source else _size(read))
+        return node.target(*arguments)  # type: ignore[operator]
     if node.target in _ELEMENTWISE or _is_scaling(node) or (node.target in _CLIPPING and _is_homogeneous(node)):
         return numbers
     if node.target in _REDUCING:
@@ -162,6 +163,8 @@ def _is_scaling(node: fx.Node) -> bool:
 
 def _is_homogeneous(node: fx.Node) -> bool:
     """Whether both ends of a clip are 0 or infinite."""
+    low: Any
+    high: Any
     low, high = _DEFAULT_LIMITS.get(node.target, (None, None))
     low = node.args[1] if len(node.args) > 1 else node.kwargs.get("min", low)
     high = node.args[2] if len(node.args) > 2 else node.kwargs.get("max", high)
