@@ -1,15 +1,18 @@
-# make demo: the main job on a small network, into out/digits-resnet20/    make test: everything that is checked
+# make demo: the main job on a small network, into out/digits-resnet20/    make test: every check but the slowest, which make nightly runs, too
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint types benchmarks clean
+.PHONY: demo test nightly lint types benchmarks clean
 
 demo: $(VENV)/installed-onnx
 	$(BIN)/python -m hawq.quantize digits-resnet20 --avg-bits 4 --activations 8 --out out/digits-resnet20 --force
 
 test: lint types
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --durations=10
+
+nightly: lint types
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope -m "nightly or not nightly"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .

@@ -226,8 +226,13 @@ def widened(allocation: Allocation, name: str, table: SensitivityTable, budgets:
         bits=bits,
         objective=float(sum(table[row].get(width, 0.0) for row, width in bits.items())),
         gap=None,
-        budgets={budget.name: BudgetUse(float(budget.limit), budget.used(bits)) for budget in budgets if not budget.products},
+        budgets={budget.name: BudgetUse(float(budget.limit), budget.used(bits)) for budget in budgets if _knows(budget, bits)},
     )
+
+
+def _knows(budget: Budget, bits: dict[str, int]) -> bool:
+    """Whether the budget has a cost for each of the widths."""
+    return not budget.products and all(width in budget.costs.get(row, {width: 0.0}) for row, width in bits.items())
 
 
 def _prepare_folder(options: Options, model: torch.nn.Module) -> Stages:

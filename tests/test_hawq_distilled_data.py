@@ -275,6 +275,7 @@ def test_weights_that_are_damaged_are_found_at_the_norm_after_them():
         distilled_data(model, inputs)
 
 
+@pytest.mark.nightly
 def test_quantization_without_data_is_within_a_point_of_real_data(resnet20):
     """Sensitivities, widths (average 4 bits) and ranges from distilled data alone, against 32 training examples."""
     inputs, targets = (torch.stack(list(map(torch.as_tensor, parts))) for parts in zip(*(resnet20.train[i] for i in range(32))))

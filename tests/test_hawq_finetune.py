@@ -3,6 +3,7 @@
 import copy
 import logging
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,7 +48,9 @@ def problem() -> tuple[fx.GraphModule, TensorDataset]:
 def quantized(graph: nn.Module, inputs: torch.Tensor, bits: int = 2, activations: int | None = None) -> hawq.QuantizedModel:
     widths = dict.fromkeys(find_layers(folded(graph, inputs)), bits)
     allocation = hawq.Allocation(widths, objective=0.0, gap=0.0, budgets={})
-    return hawq.quantize_model(graph, allocation, [(inputs, torch.zeros(len(inputs)))], activations=activations)
+    return hawq.quantize_model(
+        graph, allocation, [(inputs, torch.zeros(len(inputs)))], rounding="nearest", activations=activations, symmetric=True
+    )
 
 
 def shuffled(data: TensorDataset, generator: torch.Generator) -> DataLoader[tuple[torch.Tensor, ...]]:
@@ -268,7 +271,9 @@ def test_layers_are_rounded_in_their_order(
     order = list(reversed(model.layers()))
     rounded: list[list[str]] = []
     twins: list[fx.GraphModule] = []
-    monkeypatch.setattr("hawq.finetune.trainable", lambda *a, **k: twins.append(trainable(*a, **k)) or twins[-1])
+    monkeypatch.setattr(
+        sys.modules["hawq.finetune"], "trainable", lambda *a, **k: twins.append(trainable(*a, **k)) or twins[-1]
+    )
 
     class Watched:
         def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -71,7 +71,8 @@ def test_a_narrow_layer_is_stored_as_an_exported_one():
     network, inputs = build("a layer by itself")
     (layer,) = find_layers(folded(network, inputs[:2])).values()
     data = (inputs[:3], torch.zeros(3))
-    quantized = [hawq.quantize_model(network, hawq.Allocation({layer.name: bits}), data) for bits in (8, 3)]
+    settings = {"rounding": "nearest", "symmetric": True}
+    quantized = [hawq.quantize_model(network, hawq.Allocation({layer.name: bits}), data, **settings) for bits in (8, 3)]
     at_8_bits, exported = (onnx.load_from_string(onnx_export.to_bytes(model, inputs[:3])) for model in quantized)
     for tensor in at_8_bits.graph.initializer:
         tensor.name = tensor.name.replace(f"{layer.name}.codes", "layer.codes")

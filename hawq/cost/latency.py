@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hawq import runtime
 from hawq.affine import check_width
 from hawq.cost.single_layer import LayerShape, no_layer, single_layers
-from hawq.graph import Layer
+from hawq.graph import EMBEDDING, Layer
 from hessian.files import write_atomically
 from hessian.tasks.cache import cache_folder
 
@@ -131,12 +131,13 @@ def latency_table(
 
     machine = {"cpu": cpu_name(), "onnxruntime": onnxruntime.__version__, "threads": threads, "batch": batch}
     cache = _Cache(machine)
-    shapes = {name: LayerShape.of(layer, batch) for name, layer in layers.items()}
+    shapes = {name: LayerShape.of(layer, batch) for name, layer in layers.items() if layer.node.target is not EMBEDDING}
     keys = {shape_name(shape, activations): shape for shape in shapes.values()}
     missing = {key: shape for key, shape in keys.items() if key not in cache.timings}
     for key, shape in tqdm(missing.items(), desc="latency of layers", unit="shape", disable=not progress):
         cache.store(key, _measure(shape, activations, threads))
-    rows = {name: cache.timings[shape_name(shape, activations)] for name, shape in shapes.items()}
+    rows = {name: dict.fromkeys(_WIDTHS, (0.0, 0.0)) for name in layers}  # looking a row up takes next to nothing
+    rows |= {name: cache.timings[shape_name(shape, activations)] for name, shape in shapes.items()}
     return LatencyTable(
         {name: {width: row[width] for width in bits} for name, row in rows.items()},
         cpu=machine["cpu"],

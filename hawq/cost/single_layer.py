@@ -103,7 +103,9 @@ def single_layers(shape: LayerShape, bits: Sequence[int], activations: Literal[8
         _Network(shape, generator),
         Allocation({"layer": 8}),
         (inputs, torch.zeros(len(inputs))),
+        rounding="nearest",
         activations=activations,
+        augment=False,
         bias_correction=False,
         range_method="min-max",
     )

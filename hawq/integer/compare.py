@@ -100,7 +100,7 @@ def compare(model: QuantizedModel, inputs: torch.Tensor, *, bits: int = 31) -> C
     outputs = {name: torch.cat(chunks) for name, chunks in results.items()}
 
     def agreement(name: str) -> float:
-        same = outputs["integer"].flatten(1).argmax(1) == outputs[name].flatten(1).argmax(1)
+        same = _rows(outputs["integer"]).argmax(1) == _rows(outputs[name]).argmax(1)
         return float(same.float().mean())
 
     def largest(name: str) -> float:
@@ -244,3 +244,8 @@ def _merged(chunks: list[list[Difference]]) -> tuple[Difference, ...]:
         )
         for rows in zip(*chunks, strict=True)
     )
+
+
+def _rows(outputs: torch.Tensor) -> torch.Tensor:
+    """One row an example."""
+    return outputs.reshape(len(outputs), -1)

@@ -1,8 +1,6 @@
 """The 8-bit tensors inside onnxruntime, as the kernels of the exported file compute them."""
 
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,10 +35,7 @@ class ObservedRuntime:
 
         content = onnx_export.to_bytes(model, model.example)
         exported = onnx.load_from_string(content).graph
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "optimized.onnx"
-            runtime.open_session(content, threads=1, optimized=path)
-            optimized = onnx.load(path)
+        optimized = runtime.optimized(content)
         computed = {name: node.op_type for node in optimized.graph.node for name in node.output}
         self._names = {name: value for name, value in _quantized(model, exported).items() if value in computed}
         self.kernels = {name: computed[value] for name, value in self._names.items()}

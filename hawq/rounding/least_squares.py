@@ -19,6 +19,7 @@ from hawq.rounding.moments import InputMoments
 
 _BLOCK = 64
 _DAMPING = 0.3  # of the mean of H's diagonal: much, because calibration data are few and all of a kind
+_MANY_COLUMNS = 8192  # whose second moments, and what is computed from them, take some 3 GiB
 _FEW_COLUMNS = (
     12  # so few, as in depthwise convolutions, are inputs that resemble each other: what fits them holds for no others
 )
@@ -37,7 +38,7 @@ class LeastSquares:
 
     def reads_data(self, layer: QuantizedLayer) -> bool:
         """Whether that layer is rounded by least squares at all: not so embeddings, whose rows have one input each."""
-        return layer.can_have_bias and layer.form.num_columns >= _FEW_COLUMNS
+        return layer.can_have_bias and _FEW_COLUMNS <= layer.form.num_columns <= _MANY_COLUMNS
 
     def __call__(
         self, weight: torch.Tensor, bits: int, form: MatrixForm, moments: InputMoments
