@@ -25,6 +25,8 @@ types: $(VENV)/installed-test
 benchmarks: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.three_bits
 	$(BIN)/python -m benchmarks.engine
+	$(BIN)/python -m benchmarks.sensitivities
+	$(BIN)/python -m benchmarks.quantizer
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

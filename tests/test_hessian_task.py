@@ -215,4 +215,4 @@ def test_importing_prints_nothing_and_configures_no_logging():
 
 
 def test_built_in_names():
-    assert list(BUILT_IN) == ["digits-resnet20", "digits-mobilenet", "text-transformer", "minilm"]
+    assert list(BUILT_IN) == ["digits-resnet20", "digits-mobilenet", "text-transformer", "minilm", "efficientnet-lite1"]

@@ -2,6 +2,7 @@
 
 from hessian.tasks import minilm
 from hessian.tasks.digits import digits_mobilenet, digits_resnet20
+from hessian.tasks.efficientnet import efficientnet_lite1
 from hessian.tasks.text import text_transformer
 
 BUILT_IN = {
@@ -9,6 +10,7 @@ BUILT_IN = {
     "digits-mobilenet": digits_mobilenet,
     "text-transformer": text_transformer,
     "minilm": minilm.minilm,
+    "efficientnet-lite1": efficientnet_lite1,
 }
 
-__all__ = ["BUILT_IN", "digits_mobilenet", "digits_resnet20", "minilm", "text_transformer"]
+__all__ = ["BUILT_IN", "digits_mobilenet", "digits_resnet20", "efficientnet_lite1", "minilm", "text_transformer"]
