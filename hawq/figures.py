@@ -103,7 +103,9 @@ def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
         axes = figure.add_subplot(rows, columns, position + 1)
         layer = layers[name]
         qmin, qmax = signed_range(layer.bits)
-        scaled = (values[name].flatten(1) / layer.scale.unsqueeze(1)).flatten().numpy()
+        lowest = layer.lowest_codes()
+        shift = 0 if lowest is None else layer.spread(lowest) - qmin  # to the same codes in every channel
+        scaled = (values[name] / layer.spread(layer.scale) - shift).flatten().numpy()
         edge = float(max(np.abs(scaled).max(), -qmin)) * 1.05
         axes.hist(scaled, bins=61, range=(-edge, edge), color=_BLUE, histtype="stepfilled")
         axes.axvspan(qmin - 0.5, qmax + 0.5, color=_ORANGE, alpha=0.15, linewidth=0)

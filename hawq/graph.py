@@ -95,6 +95,9 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     if isinstance(results, tuple) and len(results) == 1 and program.call_spec.out_spec.is_leaf():
         graph.set_codegen(fx.graph.CodeGen())  # one tensor in, one out: no containers to take apart and put together
         graph.output_node().args = results
+    for node in graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default  # kernels chosen at run time may lay out their results differently
     traced = fx.GraphModule(module, graph)
     traced.meta[_TRACED] = True
     return traced

@@ -133,3 +133,25 @@ def test_codes_of_any_lowest_value_are_packed(up_sampling):
     symmetric = quantized(graph, inputs.abs(), 3, activations=None, symmetric=True)
     assert all(layer.lowest_codes() is None for layer in symmetric.layers().values())
     assert len(storage.to_bytes(symmetric)) < len(storage.to_bytes(model))
+
+
+def test_graphs_run_with_gradients_whatever_kernels_lay_out():
+    """Attention kernels for training return other strides than those that were traced."""
+
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(16, 48)
+            self.outer = nn.Linear(16, 16)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            q, k, v = self.inner(x).unflatten(-1, (3, 4, 4)).permute(2, 0, 3, 1, 4)
+            return self.outer(nn.functional.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+
+    torch.manual_seed(0)
+    model, inputs = Fused().eval(), torch.randn(4, 9, 16)
+    graph = hawq.prepared(model, [inputs])
+    torch.testing.assert_close(graph(inputs), model(inputs))
+    graph(inputs).sum().backward()
+    with torch.no_grad():
+        assert_round_trips(quantized(graph, inputs, 4), graph, inputs, 0.05)
