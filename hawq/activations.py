@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import fx
 
-from hawq.graph import only_user
+from hawq.graph import MOVING, only_user
 from hawq.layers import QUANTIZERS, ActivationQuantizer
 
 aten = torch.ops.aten
@@ -15,30 +15,13 @@ aten = torch.ops.aten
 # Operations that clip; those that clip at 0 from below fuse into the layer or addition before them, whose range then
 # starts at 0 and does the clipping.
 _CLIPPING = frozenset((aten.relu.default, aten.hardtanh.default, aten.relu6.default, aten.clamp.default))
-# Operations that only move or choose values: they keep the scale of their input, as padding with zeros does.
-_MOVING = frozenset(
-    (
-        aten._unsafe_view.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.dropout.default,
-        aten.expand.default,
-        aten.flatten.using_ints,
-        aten.max_pool1d.default,
-        aten.max_pool2d.default,
-        aten.max_pool3d.default,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-    )
-)
+# Operations that keep the scale of their input, as padding with zeros does.
+_MOVING = MOVING | {
+    aten.dropout.default,
+    aten.max_pool1d.default,
+    aten.max_pool2d.default,
+    aten.max_pool3d.default,
+}
 
 
 def insert_quantizers(graph: fx.GraphModule, layer_nodes: list[fx.Node], bits: Mapping[str, int], default: int) -> None:

@@ -13,34 +13,14 @@ from typing import Any
 import torch
 from torch import fx
 
-from hawq.graph import LAYER_OPERATIONS, Layer, argument, own_tensor
+from hawq.graph import LAYER_OPERATIONS, MOVING, Layer, argument, own_tensor
 
 aten = torch.ops.aten
 
 _ELEMENTWISE = frozenset(
     (aten.relu.default, aten.leaky_relu.default, aten.abs.default, aten.neg.default, aten.dropout.default, aten.alias.default)
 )
-_MOVING = frozenset(
-    (
-        aten._unsafe_view.default,
-        aten.clone.default,
-        aten.contiguous.default,
-        aten.expand.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.transpose.int,
-        aten.unbind.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-        operator.getitem,
-    )
-)
+_MOVING = MOVING | {aten.unbind.int, operator.getitem}
 _REDUCING = frozenset((aten.mean.dim, aten.sum.dim_IntList, aten.amax.default, aten.amin.default))
 _PER_PLACE = frozenset(  # operations on the places of each channel, channels second
     (

@@ -27,6 +27,24 @@ _MULTIPLIES = frozenset(
         *TRANSPOSED,
     )
 )
+# Operations that only move or choose values.
+MOVING = frozenset(
+    (
+        aten.clone.default,
+        aten.contiguous.default,
+        aten.expand.default,
+        aten.flatten.using_ints,
+        aten.permute.default,
+        aten.reshape.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+    )
+)
 EMBEDDING = aten.embedding.default  # of (weight, indices, ...): a table that is looked up
 LAYER_OPERATIONS = _MULTIPLIES | {EMBEDDING}
 

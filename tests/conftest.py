@@ -1,6 +1,7 @@
 """Shared fixtures; a cache folder of the test run's own, so that nothing in the user's is touched."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from hypothesis import settings
 
 import hessian
+from tests.command_line import USER_NETWORKS
 
 settings.register_profile("reproducible", derandomize=True, deadline=None)
 settings.load_profile("reproducible")
@@ -37,3 +39,11 @@ def mobilenet(cache: Path) -> hessian.Task:
     """The trained digits-mobilenet; tests must not change it."""
     assert cache.is_dir()
     return hessian.load_task("digits-mobilenet")
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The working folder of a user with tasks of their own."""
+    shutil.copy(USER_NETWORKS, tmp_path)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path

@@ -1,11 +1,14 @@
 """A zoo of networks as their authors write them: everything that must survive tracing, folding, rounding and export."""
 
+import functools
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import fx, nn
 from torch.nn import functional as F
 
+from hawq.fold import folded
+from hawq.graph import Layer, find_layers
 from tests.cases import ConvNet
 
 
@@ -173,3 +176,16 @@ def build(name: str, examples: int = 16) -> tuple[nn.Module, torch.Tensor]:
             for _ in range(20):
                 model(inputs)
     return model.eval(), inputs
+
+
+def classes(count: int, examples: int) -> torch.Tensor:
+    return torch.randint(0, count, (examples,), generator=torch.Generator().manual_seed(1))
+
+
+@functools.cache  # tests must not change what it returns
+def case(name: str, examples: int = 16) -> tuple[fx.GraphModule, dict[str, Layer], tuple[torch.Tensor, torch.Tensor]]:
+    """A network of the zoo as a folded graph, its layers, and classification data."""
+    model, inputs = build(name, examples)
+    graph = folded(model, inputs)
+    outputs = graph(inputs).shape[1]
+    return graph, find_layers(graph), (inputs, classes(outputs, examples))

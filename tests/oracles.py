@@ -107,3 +107,24 @@ def assert_unchanged(model: nn.Module, before: Mapping[str, object]) -> None:
     assert all(torch.equal(old[name], new[name]) for name in old)
     for one, other in zip(before["grads"], after["grads"], strict=True):  # type: ignore[call-overload]
         assert (one is None and other is None) or torch.equal(one, other)
+
+
+CLASS_WEIGHTS = torch.tensor([1.0, 3.0, 0.5], dtype=torch.float64)
+
+
+def names_of(model):
+    return [name for name, _ in model.named_parameters()]
+
+
+def relative_error(found, expected):
+    return float((found - expected).norm() / expected.norm())
+
+
+def in_batches(data, split):
+    return list(zip(data[0].split(split), data[1].split(split), strict=True))
+
+
+def empirical_fisher(model, losses, shares, names):
+    """sum_i s_i g_i g_i^T from one backward pass an item."""
+    gradients = jacobian(model, losses, names)
+    return gradients.T @ (shares[:, None] * gradients)

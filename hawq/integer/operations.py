@@ -8,7 +8,7 @@ import torch
 from torch import fx
 from torch.nn import functional as F
 
-from hawq.graph import aten
+from hawq.graph import MOVING, aten
 from hawq.integer.grid import Compute, Grid, Site, affine, fine_scale
 from hawq.integer.pooling import AVERAGES, average
 
@@ -28,24 +28,7 @@ _KEEPS_CHANNELS = frozenset(
         aten.max_pool3d.default,
     )
 )
-_MOVES = frozenset(
-    (
-        aten._unsafe_view.default,
-        aten.amax.default,
-        aten.expand.default,
-        aten.flatten.using_ints,
-        aten.permute.default,
-        aten.reshape.default,
-        aten.select.int,
-        aten.slice.Tensor,
-        aten.squeeze.default,
-        aten.squeeze.dim,
-        aten.squeeze.dims,
-        aten.transpose.int,
-        aten.unsqueeze.default,
-        aten.view.default,
-    )
-)
+_MOVES = (MOVING - _KEEPS_CHANNELS) | {aten.amax.default}
 _PADS = frozenset((aten.pad.default, aten.constant_pad_nd.default))
 # Monotone operations: they commute with rounding, so that their input may be rounded instead of their output.
 _COMMUTES = _CLIPS | _KEEPS_CHANNELS | _MOVES | _PADS | {operator.getitem}
