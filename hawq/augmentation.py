@@ -1,4 +1,4 @@
-"""Disturbed copies of colour images to calibrate on: few images of one kind say too little of the inputs to come.
+"""Disturbed images among those to calibrate on: few images of one kind say too little of the inputs to come.
 
 Rounding and bias correction fit the network to its calibration data; what generalises is the part of the fit that holds for
 other brightness, contrast and colours as well. No label is needed: the float network says what each copy should give.
@@ -16,8 +16,8 @@ _NOISE_SPREAD = 0.2  # standard deviation of the noise, of its means and of its 
 
 
 def augmented(batches: Sequence[torch.Tensor], generator: torch.Generator | None = None) -> list[torch.Tensor]:
-    """The batches with every image replaced by a disturbed copy, where they are colour images (N, 3, height, width); as they
-    are otherwise.
+    """The batches with every second image replaced by a disturbed copy, where they are colour images (N, 3, height, width);
+    as they are otherwise.
 
     A copy is mirrored along either axis or not, its channels are shuffled or not, its colours inverted or not, its contrast
     and each channel's brightness changed, and noise with the spectrum of natural images (1/f, Field 1987) is mixed in; values
@@ -25,7 +25,12 @@ def augmented(batches: Sequence[torch.Tensor], generator: torch.Generator | None
     """
     if not all(batch.dim() == 4 and batch.shape[1] == 3 and batch.is_floating_point() for batch in batches):
         return list(batches)
-    return [_disturbed(batch, generator) for batch in batches]
+    return [_every_second(batch, _disturbed(batch, generator)) for batch in batches]
+
+
+def _every_second(batch: torch.Tensor, copies: torch.Tensor) -> torch.Tensor:
+    disturbed = torch.arange(len(batch), device=batch.device) % 2 == 1
+    return torch.where(disturbed[:, None, None, None], copies, batch)
 
 
 def _disturbed(batch: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:

@@ -75,9 +75,10 @@ def quantize_model(
     calibration: one (inputs, targets) batch or batches, as for `hessian`; targets are not used. rounding: "nearest", or by
     least squares on the outputs ("gptq", "adaround", see `hawq.rounding`), one layer after the other. activations: the
     width of activations that the allocation does not name. symmetric: codes of every channel from -2^(bits-1) on.
-    group_size: columns of linear layers and embeddings that share a scale; such layers run in float. augment: calibrate
-    on disturbed copies of images (see `hawq.augmentation`). bias_correction: add to each bias what rounding took from the
-    channel's mean output on the calibration data. Layers that the allocation does not name stay in float.
+    group_size: columns of linear layers and embeddings that share a scale; such layers run in float. augment: disturb
+    every second of the images that are calibrated on (see `hawq.augmentation`). bias_correction: add to each bias what
+    rounding took from the channel's mean output on the calibration data. Layers that the allocation does not name stay in
+    float.
     `generator` draws the disturbances and the positions whose inputs are looked at; None takes the global one.
 
     Raises ValueError for a layer that the model does not have, a width outside 2 to 8, weights that are not finite, and

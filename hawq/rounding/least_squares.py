@@ -18,11 +18,9 @@ from hawq.rounding.grid import Grid, choose_grid
 from hawq.rounding.moments import InputMoments
 
 _BLOCK = 64
-_DAMPING = 0.3  # of the mean of H's diagonal: much, because calibration data are few and all of a kind
+_DAMPING = 2.0  # of the mean of H's diagonal: much, because inputs to come differ from the calibration's (docs/LOG.md)
 _MANY_COLUMNS = 8192  # whose second moments, and what is computed from them, take some 3 GiB
-_FEW_COLUMNS = (
-    12  # so few, as in depthwise convolutions, are inputs that resemble each other: what fits them holds for no others
-)
+_FEW_COLUMNS = 12  # so few, as in depthwise layers, are inputs that resemble each other: what fits them fits no others
 
 
 @dataclass(frozen=True)
