@@ -8,6 +8,7 @@ import copy
 import logging
 import os
 import warnings
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,6 +20,9 @@ from hessian.files import write_atomically
 
 OPSET = 21
 
+LARGEST_FILE = 2**31 - 2**20  # bytes; protobuf holds 2 GiB
+_EXTERNAL_TENSOR = 1024  # bytes from which on a tensor goes into the second file
+
 
 def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: torch.Tensor) -> None:
     """Write `model` to `path`, atomically; its batch dimension is dynamic, its input `input`, its output `output`.
@@ -27,16 +31,59 @@ def export_onnx(model: nn.Module, path: str | os.PathLike[str], example_input: t
     fuses them with the activations' quantize/dequantize pairs. Where activations are float, weights are multiplied by
     their scales instead, which a runtime folds when it loads the file.
 
+    Above 2 GiB, the weights go into a second file, `path`.data, which must stay beside the first (ONNX's external data).
+
     Raises ModuleNotFoundError, naming the pip line, if the `onnx` extra is not installed.
     """
-    write_atomically(path, to_bytes(model, example_input))
+    path = Path(path)
+    proto = _proto(model, example_input)
+    if _size(proto) > LARGEST_FILE:
+        write_atomically(path.with_name(f"{path.name}.data"), _moved_out(proto, f"{path.name}.data"))
+    _check(proto)
+    write_atomically(path, proto.SerializeToString())
 
 
 def to_bytes(model: nn.Module, example_input: torch.Tensor) -> bytes:
-    """The contents of the file that `export_onnx` writes."""
+    """The contents of the file that `export_onnx` writes; ValueError above 2 GiB."""
+    proto = _proto(model, example_input)
+    if _size(proto) > LARGEST_FILE:
+        raise ValueError(f"the network has {_size(proto):,} bytes, more than one ONNX file holds: hawq.export_onnx writes two")
+    _check(proto)
+    content: bytes = proto.SerializeToString()
+    return content
+
+
+def _check(proto: Any) -> None:
+    import onnx
+
+    if not any(tensor.external_data for tensor in proto.graph.initializer):  # the checker would look for the second file
+        onnx.checker.check_model(proto)
+
+
+def _size(proto: Any) -> int:
+    """Bytes of all weights; protobuf itself cannot tell above 2 GiB."""
+    return sum(len(tensor.raw_data) for tensor in proto.graph.initializer)
+
+
+def _moved_out(proto: Any, name: str) -> bytes:
+    """The contents of the second file; the tensors in `proto` then say where in it they lie."""
+    from onnx.external_data_helper import set_external_data
+
+    content = bytearray()
+    for tensor in proto.graph.initializer:
+        if len(tensor.raw_data) >= _EXTERNAL_TENSOR:
+            data = tensor.raw_data
+            set_external_data(tensor, location=name, offset=len(content), length=len(data))
+            tensor.ClearField("raw_data")
+            content += data
+    return bytes(content)
+
+
+def _proto(model: nn.Module, example_input: torch.Tensor) -> Any:
+    """The ONNX model."""
     try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch.onnx needs it
+        import onnx  # noqa: F401 - torch.onnx needs both
+        import onnxscript  # noqa: F401
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(f"{error.name} is needed to write ONNX: pip install 'hessianware[onnx]'") from error
     from hawq import onnx_rewrite
@@ -58,8 +105,7 @@ def to_bytes(model: nn.Module, example_input: torch.Tensor) -> bytes:
         onnx_rewrite.compact_scales(graph)
     graph.finish()
     proto.metadata_props.clear()
-    onnx.checker.check_model(proto)
-    return proto.SerializeToString()
+    return proto
 
 
 def _export(model: nn.Module, example_input: torch.Tensor) -> Any:

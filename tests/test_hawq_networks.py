@@ -2,6 +2,8 @@
 
 import copy
 
+import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import nn
@@ -241,3 +243,18 @@ def test_preparations_keep_the_function_and_compose():
     moved = hawq.prepared(model, [inputs + 1], reestimate_batch_norm=True)
     assert moved.meta == folded(model, inputs[:2]).meta
     assert not torch.allclose(moved(inputs), model(inputs), atol=1e-3)
+
+
+def test_weights_above_what_one_file_holds_lie_beside_it(tmp_path, monkeypatch):
+    model, inputs = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 5)), torch.randn(4, 32)
+    hawq.export_onnx(model, tmp_path / "whole.onnx", inputs[:2])
+    monkeypatch.setattr(onnx_export, "LARGEST_FILE", 1000)
+    with pytest.raises(ValueError, match="more than one ONNX file holds"):
+        onnx_export.to_bytes(model, inputs[:2])
+    hawq.export_onnx(model, tmp_path / "model.onnx", inputs[:2])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data", "whole.onnx"]
+    assert (tmp_path / "model.onnx").stat().st_size < (tmp_path / "whole.onnx").stat().st_size
+    onnx.checker.check_model(tmp_path / "model.onnx")
+    whole, two = (onnxruntime.InferenceSession(tmp_path / name) for name in ("whole.onnx", "model.onnx"))
+    for found, wanted in zip(two.run(None, {"input": inputs.numpy()}), whole.run(None, {"input": inputs.numpy()}), strict=True):
+        assert (found == wanted).all()
