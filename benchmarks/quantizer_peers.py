@@ -142,7 +142,7 @@ def nncf_static(problem: Problem, bits: int) -> Quantized:
     data = nncf.Dataset([row.unsqueeze(0) for batch in problem.inputs for row in batch])
     count = sum(len(batch) for batch in problem.inputs)
     kind = nncf.ModelType.TRANSFORMER if has_attention else None
-    model = nncf.quantize(problem.modules(), data, model_type=kind, subset_size=count)
+    model = nncf.quantize(copy.deepcopy(problem.model).eval(), data, model_type=kind, subset_size=count)
     return Quantized(_without_gradients(model), problem.weight_bytes(bits))
 
 
@@ -154,7 +154,7 @@ def nncf_weights(problem: Problem, bits: int) -> Quantized:
     below = {"all_layers": True, "group_size": -1, "scale_estimation": True} if bits < 8 else {}
     ignored = nncf.IgnoredScope(types=["embedding"], validate=False)
     data = nncf.Dataset(problem.inputs)
-    model = nncf.compress_weights(problem.modules(), mode=mode, dataset=data, ignored_scope=ignored, **below)
+    model = nncf.compress_weights(copy.deepcopy(problem.model).eval(), mode=mode, dataset=data, ignored_scope=ignored, **below)
     convolutions = [layer for layer in problem.model.modules() if isinstance(layer, nn.Conv2d)]
     if bits == 8 or not convolutions:
         return Quantized(_without_gradients(model), problem.weight_bytes(bits))

@@ -35,7 +35,7 @@ def settings(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
     """The methods as `hawq.sensitivity` runs them, and without bias correction those that know it."""
     found: dict[str, dict[str, Any]] = {method: {"method": method} for method in methods}
     for method in methods:
-        if method in ("kl", "second-order"):
+        if method in ("kl", "second-order", "gauss-newton"):
             found[f"{method}, weights alone"] = {"method": method, "bias_correction": False}
     return found
 

@@ -110,7 +110,7 @@ class Options:
         if len(self.activations) > 1 and self.sensitivity in _NO_LOSS:
             raise UsageError(
                 f"--sensitivity {self.sensitivity} cannot be compared with that of activations, which several --activations "
-                "need: use auto, hessian-trace, second-order, fisher or kl"
+                "need: use auto, hessian-trace, second-order, gauss-newton, fisher or kl"
             )
 
     def check_folder(self) -> None:

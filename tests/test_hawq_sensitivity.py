@@ -14,15 +14,15 @@ from hawq.allocation import Allocation
 from hawq.graph import get_tensor
 from hawq.patches import MatrixForm
 from hawq.rounding import round_to_nearest
-from hawq.sensitivity import METHODS, SensitivityTable
+from hawq.sensitivity import METHODS, SensitivityTable, automatic_method
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
 from hawq.sensitivity.qbert import qbert
 from hawq.sensitivity.rounded import rounding_errors, squares, weight_differences, with_bias_correction
-from hawq.sensitivity.second_order import loss_terms
+from hawq.sensitivity.second_order import is_piecewise_linear, loss_terms
 from hawq.sensitivity.top_eigenvalue import TopEigenvalue, finetuning_order, precision_order, top_eigenvalue, top_eigenvalues
 from hessian.objective import Objective
 from tests.networks import build, case, classes
-from tests.oracles import assert_unchanged, dense_hessian, snapshot
+from tests.oracles import assert_unchanged, dense_gauss_newton, dense_hessian, snapshot
 
 BITS = (2, 4)
 CROSS_ENTROPY = nn.CrossEntropyLoss()
@@ -218,6 +218,24 @@ def test_second_order_is_the_quadratic_form_of_the_dense_hessian(name):
             expected = float(gradient.reshape(-1) @ d)
             assert first[layer_name][bits] == pytest.approx(expected, rel=1e-3, abs=1e-5 * float(gradient.norm() * d.norm()))
     assert "not at a minimum" in table.note
+
+
+@pytest.mark.parametrize("name", ["conv net", "tokens", "branches", "time in the batch"])
+def test_gauss_newton_is_the_quadratic_form_of_the_dense_matrix(name):
+    graph, layers, data = case(name, 6)
+    _, second = loss_terms(Objective(graph, CROSS_ENTROPY, data), layers, weight_differences(graph, layers, BITS))
+    halves = [tuple(part[:2] for part in data), tuple(part[2:] for part in data)]
+    table = hawq.sensitivity(graph, CROSS_ENTROPY, halves, bits=BITS, method="gauss-newton", bias_correction=False)
+    curved = False
+    for layer_name, layer in layers.items():
+        other, exact = in_double(graph, data)
+        matrix = dense_gauss_newton(other, CROSS_ENTROPY, exact, [layer.weight])
+        for bits in BITS:
+            d = (rounded(graph, layer, bits).double() - get_tensor(other, layer.weight).detach()).reshape(-1)
+            assert table[layer_name][bits] == pytest.approx(float(d @ matrix @ d), rel=1e-3)
+            curved |= second[layer_name][bits] != pytest.approx(float(d @ matrix @ d), rel=0.01)
+    assert curved == (not is_piecewise_linear(graph, layers, data[0]))
+    assert automatic_method(graph, data[0]) == ("gauss-newton" if curved else "second-order")
 
 
 def test_second_order_with_bias_correction_is_the_quadratic_form_in_weight_and_bias():

@@ -8,9 +8,11 @@ Half of the sum over layers is the expected increase of the loss, if rounding er
 from collections.abc import Mapping
 
 import torch
+from torch import fx
 
 from hawq.augmentation import augmented
 from hawq.graph import Layer
+from hawq.sensitivity.second_order import is_piecewise_linear
 from hawq.sensitivity.table import Errors, SensitivityTable
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.layers import layer_report
@@ -20,23 +22,38 @@ from hessian.results import LayerReport
 Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 _RTOL = 0.1  # of a trace: widths change by factors of four
-_MANY_OUTPUTS_RTOL = 0.3
-_MANY_OUTPUTS_EXAMPLES = 64  # that labels are drawn for: each draw is a backward pass
+_ROUGH_RTOL = 0.3
+_ROUGH_EXAMPLES = 64
+_ROUGH_PROBES = 32  # of four to six gradients each
 _MANY_OUTPUTS_BATCH = 32  # a graph held for eight draws at 64 images of 160x160 takes three times as long, for its memory
 
 
 def layer_traces(
     objective: Objective, layers: Mapping[str, Layer], *, generator: torch.Generator | None = None, progress: bool = False
 ) -> LayerReport:
-    """The Hessian trace of every layer's weight. Where each example has so many outputs that labels are drawn (see
-    `hessian.layer_report`), the first 64 are looked at, among them disturbed images (see `hawq.augmentation`)."""
+    """The Hessian trace of every layer's weight.
+
+    To 10%, and over all data, where that is exact. Rougher, and of the first 64 examples, where the network is not piecewise
+    linear and products with its Hessian are sampled, or where an example has so many outputs that labels are drawn (see
+    `hessian.layer_report`); in the latter case every second image is disturbed (see `hawq.augmentation`).
+    """
     weights = [layer.weight for layer in layers.values()]
-    first = next(iter(objective.batches()))
-    outputs = objective.outputs(first)
+    outputs = objective.outputs(next(iter(objective.batches())))
     if isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS:
-        few = Objective(objective.model, objective.loss, _disturbed(_first(objective, _MANY_OUTPUTS_EXAMPLES), generator))
-        return layer_report(few, params=weights, rtol=_MANY_OUTPUTS_RTOL, generator=generator, progress=progress)
-    return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
+        few = _disturbed(_first(objective, _ROUGH_EXAMPLES), generator)
+    elif isinstance(objective.model, fx.GraphModule) and not is_piecewise_linear(objective.model, layers, _example(objective)):
+        few = _first(objective, _ROUGH_EXAMPLES)
+    else:
+        return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
+    rough = Objective(objective.model, objective.loss, few)
+    return layer_report(
+        rough, params=weights, rtol=_ROUGH_RTOL, max_probes=_ROUGH_PROBES, generator=generator, progress=progress
+    )
+
+
+def _example(objective: Objective) -> torch.Tensor:
+    example: torch.Tensor = next(iter(objective.batches()))[0][:2]
+    return example
 
 
 def _disturbed(batches: Batches, generator: torch.Generator | None) -> Batches:

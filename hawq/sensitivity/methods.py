@@ -13,14 +13,14 @@ from hawq.sensitivity.hessian import hessian_trace, layer_traces
 from hawq.sensitivity.kl import kl
 from hawq.sensitivity.qbert import qbert, subsampled_eigenvalues
 from hawq.sensitivity.rounded import Rounded, squares, weight_differences, with_bias_correction
-from hawq.sensitivity.second_order import second_order
+from hawq.sensitivity.second_order import gauss_newton, is_piecewise_linear, second_order
 from hawq.sensitivity.table import SensitivityTable
 from hawq.sensitivity.top_eigenvalue import top_eigenvalue, top_eigenvalues
 from hawq.sensitivity.weight_error import weight_error
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.objective import Data, LossFunction, Objective
 
-METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order")
+METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order", "gauss-newton")
 
 
 def sensitivity(
@@ -37,11 +37,12 @@ def sensitivity(
 ) -> SensitivityTable:
     """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
 
-    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": "second-order", which allocates best in
-    benchmarks/results/sensitivities.md, for up to 64 outputs an example; for more "hessian-trace", whose cost then grows with
-    neither layers nor widths. Batch norm is folded first. rounded: gives a layer's weight at a width (by its name and bits, in
-    real numbers, shaped like the folded weight), by default rounded to nearest. bias_correction: for "kl" and "second-order",
-    let biases take up the change of mean outputs, as `quantize_model` does; the others look at weights alone.
+    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": for up to 64 outputs an example
+    "second-order", which allocates best in benchmarks/results/sensitivities.md, or "gauss-newton" where the network is not
+    piecewise linear; for more outputs "hessian-trace", whose cost then grows with neither layers nor widths. Batch norm is
+    folded first. rounded: gives a layer's weight at a width (by its name and bits, in real numbers, shaped like the folded
+    weight), by default rounded to nearest. bias_correction: for "kl", "second-order" and "gauss-newton", let biases take up
+    the change of mean outputs, as `quantize_model` does; the others look at weights alone.
 
     Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
     """
@@ -57,7 +58,7 @@ def sensitivity(
     errors = weight_differences(graph, layers, bits, rounded, progress=progress)
     if method == "auto":
         method = automatic_method(graph, example[:2])
-    if method in ("kl", "second-order") and bias_correction:
+    if method in ("kl", "second-order", "gauss-newton") and bias_correction:
         inputs = [batch[0] for batch in objective.batches()]
         errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
     match method:
@@ -75,6 +76,8 @@ def sensitivity(
             return kl(objective, layers, errors, progress=progress)
         case "second-order":
             return second_order(objective, layers, errors, progress=progress)
+        case "gauss-newton":
+            return gauss_newton(objective, layers, errors, progress=progress)
     return hessian_trace(layers, squares(errors), layer_traces(objective, layers, generator=generator, progress=progress))
 
 
@@ -82,5 +85,6 @@ def sensitivity(
 def automatic_method(graph: fx.GraphModule, example: torch.Tensor) -> str:
     """What "auto" stands for."""
     outputs = graph(example)
-    few = isinstance(outputs, torch.Tensor) and outputs[0].numel() <= MAX_OUTPUTS
-    return "second-order" if few else "hessian-trace"
+    if not isinstance(outputs, torch.Tensor) or outputs[0].numel() > MAX_OUTPUTS:
+        return "hessian-trace"
+    return "second-order" if is_piecewise_linear(graph, find_layers(graph), example) else "gauss-newton"

@@ -11,10 +11,13 @@ where these are piecewise linear in a,
 
 one backward pass an output serves all layers and widths, and each of these costs one forward pass of its own layer. Elsewhere
 it is delta times the Hessian in the layer's outputs times delta, one second backward pass for each layer and width.
+
+Without the network's own curvature, H becomes the Gauss-Newton matrix G, the sum above is d.G d for every network whose
+examples do not mix, and of a cross-entropy half of it is KL(float || quantized) to second order.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import fx
@@ -57,9 +60,17 @@ class _Perturbed(fx.Interpreter):
 
 
 def loss_terms(
-    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
+    objective: Objective,
+    layers: Mapping[str, Layer],
+    errors: RoundingErrors,
+    *,
+    matrix: Literal["hessian", "gauss-newton"] = "hessian",
+    progress: bool = False,
 ) -> tuple[Terms, Terms]:
-    """g.d and d.H d of every layer and width over the data set, in the loss's units; no sampling error."""
+    """g.d and d.H d, or d.G d, of every layer and width over the data set, in the loss's units; no sampling error.
+
+    Where d.G d cannot be read off (examples mix, more than 64 outputs), it is d.H d.
+    """
     first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     graph = objective.model
@@ -73,7 +84,7 @@ def loss_terms(
                     name: {bits: error.of_output(layers[name], run.inputs[name]) for bits, error in row.items()}
                     for name, row in errors.items()
                 }
-            found, curved = _piecewise_linear(objective, batch, outputs, run.zeros, changes)
+            found, curved = _from_outputs(objective, batch, outputs, run.zeros, changes, whole=matrix == "hessian")
             slopes = _slopes(objective.batch_loss(outputs, batch), run.zeros, create_graph=bool(curved))
             found |= _second_backward({name: slopes[name] for name in curved}, run.zeros, changes)
             for name, row in changes.items():
@@ -90,7 +101,26 @@ def second_order(
 
     The first-order terms are left out, as at a minimum; `note` tells where they are not small.
     """
-    first, second = loss_terms(objective, layers, errors, progress=progress)
+    return _table(*loss_terms(objective, layers, errors, progress=progress), "second-order")
+
+
+def gauss_newton(
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
+) -> SensitivityTable:
+    """The table of d.G d: as `second_order`, without the network's own curvature, at one backward pass an output."""
+    return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
+
+
+def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], example: torch.Tensor) -> bool:
+    """Whether the outputs are proven to be piecewise linear in every layer's output: then H and G are the same."""
+    run = _Perturbed(graph, layers)
+    with torch.enable_grad():
+        outputs = run.run(example)
+        found = certify(outputs, run.zeros).values()  # type: ignore[arg-type]  # leaves of a graph, like parameters
+    return all(certificate.absent or not certificate.reason for certificate in found)
+
+
+def _table(first: Terms, second: Terms, method: str) -> SensitivityTable:
     omega = {name: {bits: max(value, 0.0) for bits, value in row.items()} for name, row in second.items()}
     stderr = {name: dict.fromkeys(row, 0.0) for name, row in omega.items()}
     slope = sum(abs(value) for row in first.values() for value in row.values())
@@ -99,13 +129,19 @@ def second_order(
     if slope > _NOTED * curvature:
         ratio = f"{slope / curvature:.0%} of" if curvature else "all beside"
         note = f"the loss is not at a minimum: first-order terms, left out here, add up in magnitude to {ratio} the others"
-    return SensitivityTable(omega, stderr, "second-order", predicts=0.5, note=note)
+    return SensitivityTable(omega, stderr, method, predicts=0.5, note=note)
 
 
-def _piecewise_linear(
-    objective: Objective, batch: Any, outputs: Any, zeros: Mapping[str, torch.Tensor], changes: Mapping[str, Mapping[int, Any]]
+def _from_outputs(
+    objective: Objective,
+    batch: Any,
+    outputs: Any,
+    zeros: Mapping[str, torch.Tensor],
+    changes: Mapping[str, Mapping[int, Any]],
+    *,
+    whole: bool,
 ) -> tuple[Terms, list[str]]:
-    """d.H d for one batch where the outputs are piecewise linear in a layer's output, and the layers where they are not."""
+    """d.G d for one batch, and the layers where it cannot be told or, if the `whole` d.H d is wanted, is not that."""
     if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or outputs[0].numel() > MAX_OUTPUTS:
         return {}, list(zeros)
     (leaf,), loss = loss_in_double(objective, outputs, batch)
@@ -114,13 +150,17 @@ def _piecewise_linear(
     except OutputCurvatureError:
         return {}, list(zeros)
     certificates = certify(outputs, zeros)  # type: ignore[arg-type]  # leaves of a graph, like parameters
-    uses = {name: found.use for name, found in certificates.items() if found.use is not None and not found.reason}
+    uses = {
+        name: found.use
+        for name, found in certificates.items()
+        if found.use is not None and not (whole and found.reason) and len(zeros[name]) % len(outputs) == 0
+    }
     mixing = mixing_nodes(outputs, [GradientEdge(use.node, 0) for use in uses.values()]) if uses else {}
-    linear = [name for name, use in uses.items() if use.node not in mixing]
-    terms = {name: dict.fromkeys(row, 0.0) for name, row in changes.items() if name in linear or certificates[name].absent}
-    for cotangent, sign in zip(cotangents, signs, strict=True) if linear else ():
-        slopes = torch.autograd.grad(outputs, [zeros[name] for name in linear], grad_outputs=cotangent, retain_graph=True)
-        for name, slope in zip(linear, slopes, strict=True):
+    separate = [name for name, use in uses.items() if use.node not in mixing]
+    terms = {name: dict.fromkeys(row, 0.0) for name, row in changes.items() if name in separate or certificates[name].absent}
+    for cotangent, sign in zip(cotangents, signs, strict=True) if separate else ():
+        slopes = torch.autograd.grad(outputs, [zeros[name] for name in separate], grad_outputs=cotangent, retain_graph=True)
+        for name, slope in zip(separate, slopes, strict=True):
             for bits, change in changes[name].items():
                 along = (slope * change).unflatten(0, (len(sign), -1)).flatten(1).sum(1, dtype=torch.float64)
                 terms[name][bits] += float((along.square() * sign).sum())
