@@ -24,7 +24,7 @@ Batches = list[tuple[torch.Tensor, torch.Tensor]]
 _RTOL = 0.1  # of a trace: widths change by factors of four
 _ROUGH_RTOL = 0.3
 _ROUGH_EXAMPLES = 64
-_ROUGH_PROBES = 32  # of four to six gradients each
+_ROUGH_PROBES = 16  # of four to six gradients each
 _MANY_OUTPUTS_BATCH = 32  # a graph held for eight draws at 64 images of 160x160 takes three times as long, for its memory
 
 

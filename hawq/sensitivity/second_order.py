@@ -81,16 +81,17 @@ def loss_terms(
             outputs = run.run(batch[0])
             with torch.no_grad():
                 changes = {
-                    name: {bits: error.of_output(layers[name], run.inputs[name]) for bits, error in row.items()}
+                    name: torch.stack([error.of_output(layers[name], run.inputs[name]) for error in row.values()])
                     for name, row in errors.items()
                 }
             found, curved = _from_outputs(objective, batch, outputs, run.zeros, changes, whole=matrix == "hessian")
             slopes = _slopes(objective.batch_loss(outputs, batch), run.zeros, create_graph=bool(curved))
             found |= _second_backward({name: slopes[name] for name in curved}, run.zeros, changes)
-            for name, row in changes.items():
-                for bits, change in row.items():
-                    first[name][bits] += weight * float((slopes[name].detach() * change).sum(dtype=torch.float64))
-                    second[name][bits] += weight * found[name][bits]
+            for name, row in errors.items():
+                along = changes[name].flatten(1) @ slopes[name].detach().flatten()
+                for bits, slope, curvature in zip(row, along.tolist(), found[name].tolist(), strict=True):
+                    first[name][bits] += weight * slope
+                    second[name][bits] += weight * curvature
     return first, second
 
 
@@ -137,11 +138,11 @@ def _from_outputs(
     batch: Any,
     outputs: Any,
     zeros: Mapping[str, torch.Tensor],
-    changes: Mapping[str, Mapping[int, Any]],
+    changes: Mapping[str, torch.Tensor],
     *,
     whole: bool,
-) -> tuple[Terms, list[str]]:
-    """d.G d for one batch, and the layers where it cannot be told or, if the `whole` d.H d is wanted, is not that."""
+) -> tuple[dict[str, torch.Tensor], list[str]]:
+    """d.G d for one batch, (widths,), and the layers where that is unknown or, if the `whole` d.H d is wanted, not the same."""
     if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or outputs[0].numel() > MAX_OUTPUTS:
         return {}, list(zeros)
     (leaf,), loss = loss_in_double(objective, outputs, batch)
@@ -157,13 +158,17 @@ def _from_outputs(
     }
     mixing = mixing_nodes(outputs, [GradientEdge(use.node, 0) for use in uses.values()]) if uses else {}
     separate = [name for name, use in uses.items() if use.node not in mixing]
-    terms = {name: dict.fromkeys(row, 0.0) for name, row in changes.items() if name in separate or certificates[name].absent}
+    terms = {
+        name: torch.zeros(len(change), dtype=torch.float64)
+        for name, change in changes.items()
+        if name in separate or certificates[name].absent
+    }
     for cotangent, sign in zip(cotangents, signs, strict=True) if separate else ():
         slopes = torch.autograd.grad(outputs, [zeros[name] for name in separate], grad_outputs=cotangent, retain_graph=True)
         for name, slope in zip(separate, slopes, strict=True):
-            for bits, change in changes[name].items():
-                along = (slope * change).unflatten(0, (len(sign), -1)).flatten(1).sum(1, dtype=torch.float64)
-                terms[name][bits] += float((along.square() * sign).sum())
+            by_example = changes[name].reshape(len(terms[name]), len(sign), -1).transpose(0, 1)
+            along = (by_example @ slope.reshape(len(sign), -1, 1)).squeeze(2).double()
+            terms[name] += (along.square() * sign[:, None]).sum(0).cpu()
     return terms, [name for name in zeros if name not in terms]
 
 
@@ -176,15 +181,15 @@ def _slopes(loss: torch.Tensor, zeros: Mapping[str, torch.Tensor], *, create_gra
 
 
 def _second_backward(
-    slopes: Mapping[str, torch.Tensor], zeros: Mapping[str, torch.Tensor], changes: Mapping[str, Mapping[int, torch.Tensor]]
-) -> Terms:
-    """d.H d by differentiating the gradients in the layers' outputs once more."""
+    slopes: Mapping[str, torch.Tensor], zeros: Mapping[str, torch.Tensor], changes: Mapping[str, torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """d.H d, (widths,), by differentiating the gradients in the layers' outputs once more."""
     differentiable_twice(slopes.values())
-    terms: Terms = {name: dict.fromkeys(changes[name], 0.0) for name in slopes}
+    terms = {name: torch.zeros(len(changes[name]), dtype=torch.float64) for name in slopes}
     for name, slope in slopes.items():
-        for bits, change in changes[name].items() if slope.requires_grad else ():
+        for position, change in enumerate(changes[name]) if slope.requires_grad else ():
             (product,) = torch.autograd.grad(
                 slope, zeros[name], grad_outputs=change, retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            terms[name][bits] = float((product * change).sum(dtype=torch.float64))
+            terms[name][position] = float((product * change).sum(dtype=torch.float64))
     return terms
