@@ -112,9 +112,10 @@ class Job:
 
         def compute() -> bytes:
             objective = Objective(self.graph, self.task.loss, self.calibration)
-            return layer_traces(objective, self.layers, generator=self.generator, progress=True).to_json().encode()
+            traces = layer_traces(objective, self.layers, augment=self.options.augment, generator=self.generator, progress=True)
+            return traces.to_json().encode()
 
-        return LayerReport.from_json(self.stages.run("traces", self.key, compute).decode())
+        return LayerReport.from_json(self.stages.run("traces", self.key | {"augment": self.options.augment}, compute).decode())
 
     def allocate(self, table: SensitivityTable, budgets: list[Budget]) -> Allocation:
         """The best widths within the budgets."""

@@ -52,7 +52,8 @@ def sensitivities(job: Job, traces: LayerReport) -> SensitivityTable:
         )
         return table.to_dict()
 
-    inputs = job.key | {"bits": bits, "method": method, "bias_correction": options.bias_correction}
+    settings = {"bits": bits, "method": method, "bias_correction": options.bias_correction, "augment": options.augment}
+    inputs = job.key | settings
     table = SensitivityTable.from_dict(job.stages.run_json("sensitivity", inputs, weights))
     if len(options.activations) > 1:
         inputs = job.key | {"bits": options.activations, "ranges": options.ranges}

@@ -359,6 +359,43 @@ def test_auto_counts_outputs():
     for outputs, method in ((64, "second-order"), (65, "hessian-trace")):
         table = hawq.sensitivity(nn.Linear(3, outputs), CROSS_ENTROPY, (inputs, classes(outputs, 8)), method="auto")
         assert table.method == method
+    with pytest.raises(ValueError, match=r"65 outputs.*use 'hessian-trace' above 64"):
+        hawq.sensitivity(nn.Linear(3, 65), CROSS_ENTROPY, (inputs, classes(65, 8)), method="gauss-newton")
+
+
+def test_images_are_disturbed_only_where_labels_are_drawn():
+    images = torch.rand(40, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    for outputs, loss, targets, disturbed in (
+        (70, CROSS_ENTROPY, classes(70, 40), True),
+        (70, nn.MSELoss(), torch.zeros(40, 70), False),
+        (5, CROSS_ENTROPY, classes(5, 40), False),
+    ):
+        model = nn.Sequential(nn.Flatten(), nn.Linear(48, outputs))
+        asked, plain = (
+            hawq.sensitivity(
+                model,
+                loss,
+                (images, targets),
+                method="hessian-trace",
+                augment=augment,
+                generator=torch.Generator().manual_seed(0),
+            )
+            for augment in (True, False)
+        )
+        assert (dict(asked) != dict(plain)) == disturbed
+
+
+def test_traces_of_curved_networks_with_targets_of_any_shape():
+    """Targets without a row for each example cannot be cut to the first examples: the batch stays whole."""
+    model, inputs = build("tokens", 70)
+    outputs = model(inputs)
+
+    def loss(found, targets):
+        return sum(F.cross_entropy(found, part) for part in targets) / 2
+
+    labels = classes(outputs.shape[1], 70) if outputs.dim() == 2 else torch.zeros(70, *outputs.shape[2:], dtype=torch.long)
+    table = hawq.sensitivity(model, loss, [(inputs, (labels, labels))], bits=(4,), method="hessian-trace")
+    assert all(math.isfinite(row[4]) for row in table.values())
 
 
 def test_residuals_bound_the_eigenvalues_error():

@@ -6,6 +6,7 @@ Half of the sum over layers is the expected increase of the loss, if rounding er
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import fx
@@ -16,61 +17,62 @@ from hawq.sensitivity.second_order import is_piecewise_linear
 from hawq.sensitivity.table import Errors, SensitivityTable
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.layers import layer_report
-from hessian.objective import Objective
+from hessian.objective import Objective, is_classification
 from hessian.results import LayerReport
-
-Batches = list[tuple[torch.Tensor, torch.Tensor]]
 
 _RTOL = 0.1  # of a trace: widths change by factors of four
 _ROUGH_RTOL = 0.3
 _ROUGH_EXAMPLES = 64
 _ROUGH_PROBES = 16  # of four to six gradients each
-_MANY_OUTPUTS_BATCH = 32  # a graph held for eight draws at 64 images of 160x160 takes three times as long, for its memory
+_ROUGH_BATCH = 32  # a graph held for eight draws at 64 images of 160x160 takes three times as long, for its memory
 
 
 def layer_traces(
-    objective: Objective, layers: Mapping[str, Layer], *, generator: torch.Generator | None = None, progress: bool = False
+    objective: Objective,
+    layers: Mapping[str, Layer],
+    *,
+    augment: bool = True,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> LayerReport:
-    """The Hessian trace of every layer's weight.
+    """The Hessian trace of every layer's weight, `objective.model` being the traced graph that the layers are of.
 
-    To 10%, and over all data, where that is exact. Rougher, and of the first 64 examples, where the network is not piecewise
-    linear and products with its Hessian are sampled, or where an example has so many outputs that labels are drawn (see
-    `hessian.layer_report`); in the latter case every second image is disturbed (see `hawq.augmentation`).
+    To 10%, and over all data, where the network is piecewise linear and has few outputs. Rougher, and of the first 64
+    examples, where products with its Hessian are sampled, or where an example has so many outputs that labels are drawn (see
+    `hessian.layer_report`). augment: disturb every second image (see `hawq.augmentation`) where labels are drawn, so that
+    the targets do not matter.
     """
+    assert isinstance(objective.model, fx.GraphModule)
     weights = [layer.weight for layer in layers.values()]
-    outputs = objective.outputs(next(iter(objective.batches())))
-    if isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS:
-        few = _disturbed(_first(objective, _ROUGH_EXAMPLES), generator)
-    elif isinstance(objective.model, fx.GraphModule) and not is_piecewise_linear(objective.model, layers, _example(objective)):
-        few = _first(objective, _ROUGH_EXAMPLES)
-    else:
+    batch = next(iter(objective.batches()))
+    outputs = objective.outputs(batch)
+    many = isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS
+    linear = is_piecewise_linear(objective.model, layers, batch[0][:2])
+    if linear and not many:
         return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
+    few = _first(objective)
+    if augment and linear and is_classification(objective.loss):
+        inputs = augmented([batch[0] for batch in few], generator)
+        few = [(changed, *batch[1:]) for changed, batch in zip(inputs, few, strict=True)]
     rough = Objective(objective.model, objective.loss, few)
     return layer_report(
         rough, params=weights, rtol=_ROUGH_RTOL, max_probes=_ROUGH_PROBES, generator=generator, progress=progress
     )
 
 
-def _example(objective: Objective) -> torch.Tensor:
-    example: torch.Tensor = next(iter(objective.batches()))[0][:2]
-    return example
-
-
-def _disturbed(batches: Batches, generator: torch.Generator | None) -> Batches:
-    """The batches cut into smaller ones, with disturbed images among their inputs."""
-    parts = [part for batch in batches for part in zip(*(tensor.split(_MANY_OUTPUTS_BATCH) for tensor in batch), strict=True)]
-    inputs = augmented([part[0] for part in parts], generator)
-    return [(changed, targets) for changed, (_, targets) in zip(inputs, parts, strict=True)]
-
-
-def _first(objective: Objective, count: int) -> Batches:
-    """Batches of the first `count` examples."""
-    batches: Batches = []
-    for inputs, targets in objective.batches():
-        left = count - sum(len(batch[0]) for batch in batches)
+def _first(objective: Objective) -> list[tuple[Any, ...]]:
+    """The first examples in small batches; a batch whose targets are not one tensor with a row for each stays whole."""
+    batches: list[tuple[Any, ...]] = []
+    left = _ROUGH_EXAMPLES
+    for batch in objective.batches():
         if left <= 0:
             break
-        batches.append((inputs[:left], targets[:left]))
+        count = len(batch[0])
+        if all(isinstance(part, torch.Tensor) and part.dim() and len(part) == count for part in batch):
+            batches += zip(*(part[:left].split(_ROUGH_BATCH) for part in batch), strict=True)
+        else:
+            batches.append(tuple(batch))
+        left -= count
     return batches
 
 

@@ -32,6 +32,7 @@ def sensitivity(
     method: str = "hessian-trace",
     rounded: Rounded | None = None,
     bias_correction: bool = True,
+    augment: bool = True,
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> SensitivityTable:
@@ -42,7 +43,8 @@ def sensitivity(
     piecewise linear; for more outputs "hessian-trace", whose cost then grows with neither layers nor widths. Batch norm is
     folded first. rounded: gives a layer's weight at a width (by its name and bits, in real numbers, shaped like the folded
     weight), by default rounded to nearest. bias_correction: for "kl", "second-order" and "gauss-newton", let biases take up
-    the change of mean outputs, as `quantize_model` does; the others look at weights alone.
+    the change of mean outputs, as `quantize_model` does; the others look at weights alone. augment: for "hessian-trace" of more
+    than 64 outputs, disturb every second image, as `quantize_model` does.
 
     Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
     """
@@ -78,7 +80,8 @@ def sensitivity(
             return second_order(objective, layers, errors, progress=progress)
         case "gauss-newton":
             return gauss_newton(objective, layers, errors, progress=progress)
-    return hessian_trace(layers, squares(errors), layer_traces(objective, layers, generator=generator, progress=progress))
+    traces = layer_traces(objective, layers, augment=augment, generator=generator, progress=progress)
+    return hessian_trace(layers, squares(errors), traces)
 
 
 @torch.no_grad()

@@ -69,7 +69,7 @@ def loss_terms(
 ) -> tuple[Terms, Terms]:
     """g.d and d.H d, or d.G d, of every layer and width over the data set, in the loss's units; no sampling error.
 
-    Where d.G d cannot be read off (examples mix, more than 64 outputs), it is d.H d.
+    Where d.G d cannot be read off (examples mix, or a layer's output has no row for each), it is d.H d.
     """
     first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
@@ -108,7 +108,16 @@ def second_order(
 def gauss_newton(
     objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
 ) -> SensitivityTable:
-    """The table of d.G d: as `second_order`, without the network's own curvature, at one backward pass an output."""
+    """The table of d.G d: as `second_order`, without the network's own curvature, at one backward pass an output.
+
+    ValueError for more than 64 outputs an example.
+    """
+    outputs = objective.outputs(next(iter(objective.batches())))
+    if isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS:
+        raise ValueError(
+            f"an example has {outputs[0].numel()} outputs, and the sensitivity 'gauss-newton' takes a backward pass for each: "
+            f"use 'hessian-trace' above {MAX_OUTPUTS}"
+        )
     return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
 
 
