@@ -30,7 +30,7 @@ from hawq.distilled_data import distilled_batches
 from hawq.evaluation import Evaluation, evaluate
 from hawq.finetune import finetune
 from hawq.fold import folded
-from hawq.graph import example_inputs, find_layers, tied_layers
+from hawq.graph import EMBEDDING, example_inputs, find_layers, tied_layers
 from hessian.files import write_atomically
 from hessian.objective import Data, batches_of
 from hessian.task import Task, load_task
@@ -49,14 +49,15 @@ Lines = list[str]
 class Case:
     """A task with its calibration batches, its folded network and what that answers on the test data."""
 
-    def __init__(self, task: Task, size: int = CALIBRATION_SIZE) -> None:
+    def __init__(self, task: Task, size: int = CALIBRATION_SIZE, *, embeddings: bool = True) -> None:
         self.task = task
         task.model.eval()
         self.calibration = batches_of(task.train, BATCH_SIZE, size=size, generator=torch.Generator().manual_seed(0))
         self.test = batches_of(task.evaluation, BATCH_SIZE)
         self.example = example_inputs(self.test)[:2]
         self.graph = folded(task.model, self.example)
-        self.layers = find_layers(self.graph)
+        layers = find_layers(self.graph).items()
+        self.layers = {name: layer for name, layer in layers if embeddings or layer.node.target is not EMBEDDING}
         self.num_params = sum(layer.num_params for layer in self.layers.values())
         self.float = self.evaluated(task.model)
 
@@ -77,7 +78,7 @@ class Case:
 
     def allocation(self, table: hawq.SensitivityTable, average: float) -> hawq.Allocation:
         budget = hawq.Budget("bits of weights", weight_bits(self.layers, BITS), average * self.num_params)
-        return hawq.allocate(table, [budget], tied_layers(self.layers))
+        return hawq.allocate({name: table[name] for name in self.layers}, [budget], tied_layers(self.layers))
 
     def quantized(self, allocation: hawq.Allocation, activations: Any = None, data: Data | None = None) -> hawq.QuantizedModel:
         data = self.calibration if data is None else data
@@ -177,7 +178,7 @@ def digits(size: int) -> Lines:
 
 def peers(name: str, size: int) -> Lines:
     """Other quantizers and this one at the same widths of weights, on the same calibration examples."""
-    case = Case(load_task(name), size)
+    case = Case(load_task(name), size, embeddings=False)  # no peer quantizes them
     problem = Problem(case.task.model, onnx_export.to_bytes(case.graph, case.example), [x for x, _ in case.calibration])
     start = time.perf_counter()
     sensitivities = case.sensitivity()

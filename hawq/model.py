@@ -76,7 +76,7 @@ def quantize_model(
     least squares on the outputs ("gptq", "adaround", see `hawq.rounding`), one layer after the other. activations: the
     width of activations that the allocation does not name. symmetric: codes of every channel from -2^(bits-1) on.
     group_size: columns of linear layers and embeddings that share a scale; such layers run in float. augment: disturb
-    every second of the images that are calibrated on (see `hawq.augmentation`). bias_correction: add to each bias what
+    every fourth of the images that are calibrated on (see `hawq.augmentation`). bias_correction: add to each bias what
     rounding took from the channel's mean output on the calibration data. Layers that the allocation does not name stay in
     float.
     `generator` draws the disturbances and the positions whose inputs are looked at; None takes the global one.

@@ -14,6 +14,7 @@ from hawq.max_drop import smallest_within
 from hawq.sensitivity import SensitivityTable, activation_sensitivity, automatic_method, rounding_errors, sensitivity
 from hawq.sensitivity.hessian import hessian_trace
 from hawq.stability import Stability, stability
+from hessian.objective import Objective
 from hessian.results import LayerReport
 
 _STABILITY_SECONDS = 30
@@ -23,7 +24,9 @@ _MOST_DRAWS, _FEWEST_DRAWS = 64, 8
 def sensitivities(job: Job, traces: LayerReport) -> SensitivityTable:
     """What each width offered to each layer, and to each activation where several are offered, costs."""
     options, bits = job.options, job.options.offered_bits
-    method = automatic_method(job.graph, job.example) if options.sensitivity == "auto" else options.sensitivity
+    method = options.sensitivity
+    if method == "auto":
+        method = automatic_method(Objective(job.graph, job.task.loss, job.calibration), job.layers)
 
     def weights() -> Any:
         if method == "hessian-trace":

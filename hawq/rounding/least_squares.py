@@ -18,7 +18,7 @@ from hawq.rounding.grid import Grid, choose_grid
 from hawq.rounding.moments import InputMoments
 
 _BLOCK = 64
-_DAMPING = 2.0  # of the mean of H's diagonal: much, because inputs to come differ from the calibration's (docs/LOG.md)
+_DAMPING = 1.0  # of the mean of H's diagonal: much, because inputs to come differ from the calibration's (docs/LOG.md)
 _MANY_COLUMNS = 8192  # whose second moments, and what is computed from them, take some 3 GiB
 _FEW_COLUMNS = 12  # so few, as in depthwise layers, are inputs that resemble each other: what fits them fits no others
 

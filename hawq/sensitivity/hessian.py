@@ -6,16 +6,15 @@ Half of the sum over layers is the expected increase of the loss, if rounding er
 """
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import fx
 
 from hawq.augmentation import augmented
 from hawq.graph import Layer
-from hawq.sensitivity.second_order import is_piecewise_linear
+from hawq.sensitivity.second_order import has_many_outputs, is_piecewise_linear
+from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import Errors, SensitivityTable
-from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.layers import layer_report
 from hessian.objective import Objective, is_classification
 from hessian.results import LayerReport
@@ -39,18 +38,17 @@ def layer_traces(
 
     To 10%, and over all data, where the network is piecewise linear and has few outputs. Rougher, and of the first 64
     examples, where products with its Hessian are sampled, or where an example has so many outputs that labels are drawn (see
-    `hessian.layer_report`). augment: disturb every second image (see `hawq.augmentation`) where labels are drawn, so that
+    `hessian.layer_report`). augment: disturb every fourth image (see `hawq.augmentation`) where labels are drawn, so that
     the targets do not matter.
     """
     assert isinstance(objective.model, fx.GraphModule)
     weights = [layer.weight for layer in layers.values()]
     batch = next(iter(objective.batches()))
     outputs = objective.outputs(batch)
-    many = isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS
     linear = is_piecewise_linear(objective.model, layers, batch[0][:2])
-    if linear and not many:
+    if linear and not has_many_outputs(outputs):
         return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
-    few = _first(objective)
+    few = first_examples(objective, _ROUGH_EXAMPLES, _ROUGH_BATCH)
     if augment and linear and is_classification(objective.loss):
         inputs = augmented([batch[0] for batch in few], generator)
         few = [(changed, *batch[1:]) for changed, batch in zip(inputs, few, strict=True)]
@@ -58,22 +56,6 @@ def layer_traces(
     return layer_report(
         rough, params=weights, rtol=_ROUGH_RTOL, max_probes=_ROUGH_PROBES, generator=generator, progress=progress
     )
-
-
-def _first(objective: Objective) -> list[tuple[Any, ...]]:
-    """The first examples in small batches; a batch whose targets are not one tensor with a row for each stays whole."""
-    batches: list[tuple[Any, ...]] = []
-    left = _ROUGH_EXAMPLES
-    for batch in objective.batches():
-        if left <= 0:
-            break
-        count = len(batch[0])
-        if all(isinstance(part, torch.Tensor) and part.dim() and len(part) == count for part in batch):
-            batches += zip(*(part[:left].split(_ROUGH_BATCH) for part in batch), strict=True)
-        else:
-            batches.append(tuple(batch))
-        left -= count
-    return batches
 
 
 def hessian_trace(layers: Mapping[str, Layer], errors: Errors, traces: LayerReport) -> SensitivityTable:

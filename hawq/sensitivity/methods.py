@@ -1,23 +1,23 @@
 """Every sensitivity by its name."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import fx, nn
 
 from hawq.affine import check_width
 from hawq.fold import folded
-from hawq.graph import example_inputs, find_layers, require_layers
+from hawq.graph import Layer, example_inputs, find_layers, require_layers
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
 from hawq.sensitivity.hessian import hessian_trace, layer_traces
 from hawq.sensitivity.kl import kl
 from hawq.sensitivity.qbert import qbert, subsampled_eigenvalues
 from hawq.sensitivity.rounded import Rounded, squares, weight_differences, with_bias_correction
-from hawq.sensitivity.second_order import gauss_newton, is_piecewise_linear, second_order
+from hawq.sensitivity.second_order import curves_loss, gauss_newton, has_many_outputs, is_piecewise_linear, second_order
+from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
 from hawq.sensitivity.top_eigenvalue import top_eigenvalue, top_eigenvalues
 from hawq.sensitivity.weight_error import weight_error
-from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.objective import Data, LossFunction, Objective
 
 METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", "weight-error", "second-order", "gauss-newton")
@@ -38,13 +38,14 @@ def sensitivity(
 ) -> SensitivityTable:
     """The sensitivity of every quantizable layer at every width, {layer: {bits: omega}}; layers by module name.
 
-    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": for up to 64 outputs an example
-    "second-order", which allocates best in benchmarks/results/sensitivities.md, or "gauss-newton" where the network is not
-    piecewise linear; for more outputs "hessian-trace", whose cost then grows with neither layers nor widths. Batch norm is
-    folded first. rounded: gives a layer's weight at a width (by its name and bits, in real numbers, shaped like the folded
-    weight), by default rounded to nearest. bias_correction: for "kl", "second-order" and "gauss-newton", let biases take up
-    the change of mean outputs, as `quantize_model` does; the others look at weights alone. augment: for "hessian-trace" of more
-    than 64 outputs, disturb every second image, as `quantize_model` does.
+    method: one of METHODS, each defined in its file of `hawq.sensitivity`. "auto": "second-order", which allocates best in
+    benchmarks/results/sensitivities.md, where the network is piecewise linear and an example has no more than 64 outputs;
+    elsewhere "gauss-newton", whose cost grows with neither layers nor widths; where that does not know the loss's curvature in
+    the outputs (not one tensor, not convex, or linear, as a negative log-likelihood is in log-probabilities), "hessian-trace"
+    for more than 64 outputs, else "second-order". Batch norm is folded first. rounded: gives a layer's weight at a width (by
+    its name and bits, in real numbers, shaped like the folded weight), by default rounded to nearest. bias_correction: for
+    "kl", "second-order" and "gauss-newton", let biases take up the change of mean outputs, as `quantize_model` does; the others
+    look at weights alone. augment: for "hessian-trace" of more than 64 outputs, disturb images as `quantize_model` does.
 
     Raises ValueError for an unknown method, widths outside 2 to 8, and a model without a quantizable layer.
     """
@@ -59,7 +60,7 @@ def sensitivity(
     objective = Objective(graph, loss, data)
     errors = weight_differences(graph, layers, bits, rounded, progress=progress)
     if method == "auto":
-        method = automatic_method(graph, example[:2])
+        method = automatic_method(objective, layers)
     if method in ("kl", "second-order", "gauss-newton") and bias_correction:
         inputs = [batch[0] for batch in objective.batches()]
         errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
@@ -79,15 +80,23 @@ def sensitivity(
         case "second-order":
             return second_order(objective, layers, errors, progress=progress)
         case "gauss-newton":
-            return gauss_newton(objective, layers, errors, progress=progress)
+            return gauss_newton(objective, layers, errors, generator=generator, progress=progress)
     traces = layer_traces(objective, layers, augment=augment, generator=generator, progress=progress)
     return hessian_trace(layers, squares(errors), traces)
 
 
-@torch.no_grad()
-def automatic_method(graph: fx.GraphModule, example: torch.Tensor) -> str:
-    """What "auto" stands for."""
-    outputs = graph(example)
-    if not isinstance(outputs, torch.Tensor) or outputs[0].numel() > MAX_OUTPUTS:
+def automatic_method(objective: Objective, layers: Mapping[str, Layer]) -> str:
+    """What "auto" stands for, `objective.model` being the traced graph that the layers are of."""
+    graph = objective.model
+    assert isinstance(graph, fx.GraphModule)
+    few = first_examples(objective, 2, 2)
+    batch = few[0]
+    outputs = objective.outputs(batch)
+    if not isinstance(outputs, torch.Tensor):
         return "hessian-trace"
-    return "second-order" if is_piecewise_linear(graph, find_layers(graph), example) else "gauss-newton"
+    many = has_many_outputs(outputs)
+    if not many and is_piecewise_linear(graph, layers, batch[0]):
+        return "second-order"
+    if curves_loss(Objective(graph, objective.loss, few), batch, outputs):
+        return "gauss-newton"
+    return "hessian-trace" if many else "second-order"

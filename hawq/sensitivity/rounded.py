@@ -8,7 +8,7 @@ from torch import fx
 from tqdm.auto import tqdm
 
 from hawq.affine import dequantize_weight
-from hawq.graph import Layer, get_tensor, input_node
+from hawq.graph import EMBEDDING, Layer, get_tensor, input_node
 from hawq.layers import channel_dim
 from hawq.rounding import round_to_nearest
 
@@ -102,12 +102,14 @@ def with_bias_correction(
     class Recorder(fx.Interpreter):
         def run_node(self, n: fx.Node) -> object:
             if n.name in names:
-                name = names[n.name]
+                name, x, rows = names[n.name], self.env[input_node(n)], 1
+                if n.target is not EMBEDDING and x.dim() > 1:  # linear in x, row by row: the mean row has the mean change
+                    x, rows = x.mean(0, keepdim=True), len(x)
                 for bits, error in errors[name].items():
-                    change = error.of_output(layers[name], self.env[input_node(n)]).double()
+                    change = error.of_output(layers[name], x).double()
                     dims = [dim for dim in range(change.dim()) if dim != channel_dim(n.target) % change.dim()]
-                    totals[name, bits] = change.sum(dims) + (totals[name, bits] if counts[name] else 0)
-                counts[name] += change.numel() // len(totals[name, bits])
+                    totals[name, bits] = rows * change.sum(dims) + (totals[name, bits] if counts[name] else 0)
+                counts[name] += rows * change.numel() // len(totals[name, bits])
             return super().run_node(n)
 
     for batch in tqdm(inputs, desc="bias corrections", unit="batch", disable=not progress):

@@ -13,9 +13,12 @@ one backward pass an output serves all layers and widths, and each of these cost
 it is delta times the Hessian in the layer's outputs times delta, one second backward pass for each layer and width.
 
 Without the network's own curvature, H becomes the Gauss-Newton matrix G, the sum above is d.G d for every network whose
-examples do not mix, and of a cross-entropy half of it is KL(float || quantized) to second order.
+examples do not mix, and of a cross-entropy half of it is KL(float || quantized) to second order. Of many outputs, one random u
+a example with E[u u^T] = sum_c s_c u_c u_c^T, for a cross-entropy the gradient at a label drawn from the network's own
+distribution, takes the place of the sum.
 """
 
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -26,17 +29,19 @@ from tqdm.auto import tqdm
 
 from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
+from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.objective import Objective
 from hessian.operators.curvature import differentiable_twice
-from hessian.output_curvature import OutputCurvatureError, output_curvature_factors
+from hessian.output_curvature import OutputCurvatureError, output_cotangents, output_curvature_factors
 from hessian.output_loss import loss_in_double
 from hessian.structure import certify
 
 Terms = dict[str, dict[int, float]]
 
+_DRAWN_EXAMPLES, _DRAWN_BATCH = 128, 16
 _NOTED = 0.1  # of the second-order terms: from here on the reader is told of first-order ones
 
 
@@ -106,19 +111,22 @@ def second_order(
 
 
 def gauss_newton(
-    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
+    objective: Objective,
+    layers: Mapping[str, Layer],
+    errors: RoundingErrors,
+    *,
+    generator: torch.Generator | None = None,
+    progress: bool = False,
 ) -> SensitivityTable:
     """The table of d.G d: as `second_order`, without the network's own curvature, at one backward pass an output.
 
-    ValueError for more than 64 outputs an example.
+    With more than 64 outputs an example it is estimated, for any number of layers and widths, from one backward pass over
+    the first 128; standard errors come from the spread over examples. Raises as `output_cotangents` does there.
     """
-    outputs = objective.outputs(next(iter(objective.batches())))
-    if isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS:
-        raise ValueError(
-            f"an example has {outputs[0].numel()} outputs, and the sensitivity 'gauss-newton' takes a backward pass for each: "
-            f"use 'hessian-trace' above {MAX_OUTPUTS}"
-        )
-    return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
+    if not has_many_outputs(objective.outputs(next(iter(objective.batches())))):
+        return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
+    few = Objective(objective.model, objective.loss, first_examples(objective, _DRAWN_EXAMPLES, _DRAWN_BATCH))
+    return _drawn(few, layers, errors, generator, progress)
 
 
 def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], example: torch.Tensor) -> bool:
@@ -128,6 +136,65 @@ def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], exam
         outputs = run.run(example)
         found = certify(outputs, run.zeros).values()  # type: ignore[arg-type]  # leaves of a graph, like parameters
     return all(certificate.absent or not certificate.reason for certificate in found)
+
+
+def has_many_outputs(outputs: Any) -> bool:
+    """Whether outputs are so many that a backward pass for each costs more than drawing labels."""
+    return isinstance(outputs, torch.Tensor) and outputs[0].numel() > MAX_OUTPUTS
+
+
+def curves_loss(objective: Objective, batch: Any, outputs: torch.Tensor) -> bool:
+    """Whether the loss has a second derivative in the outputs from which `gauss_newton` can draw."""
+    with torch.enable_grad():
+        (leaf,), loss = loss_in_double(objective, outputs.detach().requires_grad_(True), batch)
+    try:
+        return len(output_cotangents("sampled", objective, batch, outputs, leaf, loss, torch.Generator())) > 0
+    except ValueError:
+        return False
+
+
+def _drawn(
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, generator: torch.Generator | None, progress: bool
+) -> SensitivityTable:
+    """d.G d from one random cotangent an example."""
+    graph, own = objective.model, torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    assert isinstance(graph, fx.GraphModule)
+    samples: dict[str, dict[int, list[torch.Tensor]]] = {name: {bits: [] for bits in row} for name, row in errors.items()}
+    separate: set[str] | None = None
+    with objective.undisturbed():
+        for batch, weight in tqdm(objective.weighted_batches(), desc="Gauss-Newton", unit="batch", disable=not progress):
+            run = _Perturbed(graph, layers)
+            outputs = run.run(batch[0])
+            if separate is None:
+                separate = _separate(outputs, run.zeros)
+            (leaf,), loss = loss_in_double(objective, outputs, batch)
+            (cotangent,) = output_cotangents("sampled", objective, batch, outputs, leaf, loss, own)
+            slopes = torch.autograd.grad(
+                outputs, list(run.zeros.values()), grad_outputs=cotangent, allow_unused=True, materialize_grads=True
+            )
+            for name, slope in zip(run.zeros, slopes, strict=True):
+                rows = len(outputs) if name in separate else 1
+                for bits, error in errors[name].items():
+                    with torch.no_grad():
+                        along = (error.of_output(layers[name], run.inputs[name]) * slope).reshape(rows, -1).sum(1)
+                    samples[name][bits].append(weight * along.double().square().cpu())
+    omega: Terms = {name: {} for name in errors}
+    stderr: Terms = {name: {} for name in errors}
+    for name, row in samples.items():
+        for bits, parts in row.items():
+            values = torch.cat(parts)
+            omega[name][bits] = float(values.sum())
+            stderr[name][bits] = float(values.std() * math.sqrt(len(values))) if len(values) > 1 else math.inf
+    return SensitivityTable(omega, stderr, "gauss-newton", predicts=0.5)
+
+
+def _separate(outputs: torch.Tensor, zeros: Mapping[str, torch.Tensor]) -> set[str]:
+    """The layers whose outputs have rows of one example each. Of others only the sum over the batch is known, whose square has
+    the same mean, because cotangents of different examples are independent and have none."""
+    uses = {name: found.use for name, found in certify(outputs, zeros).items()}  # type: ignore[arg-type]  # leaves of a graph
+    edges = {name: GradientEdge(use.node, 0) for name, use in uses.items() if use and len(zeros[name]) % len(outputs) == 0}
+    mixing = mixing_nodes(outputs, list(edges.values())) if edges else {}
+    return {name for name, edge in edges.items() if edge.node not in mixing}
 
 
 def _table(first: Terms, second: Terms, method: str) -> SensitivityTable:
@@ -152,7 +219,7 @@ def _from_outputs(
     whole: bool,
 ) -> tuple[dict[str, torch.Tensor], list[str]]:
     """d.G d for one batch, (widths,), and the layers where that is unknown or, if the `whole` d.H d is wanted, not the same."""
-    if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or outputs[0].numel() > MAX_OUTPUTS:
+    if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or has_many_outputs(outputs):
         return {}, list(zeros)
     (leaf,), loss = loss_in_double(objective, outputs, batch)
     try:
