@@ -31,7 +31,8 @@ def augmented(batches: Sequence[torch.Tensor], generator: torch.Generator | None
         low, high = batch.amin((0, 2, 3), keepdim=True), batch.amax((0, 2, 3), keepdim=True)
         chosen = slice(_EVERY - 1 - before % _EVERY, None, _EVERY)
         changed = batch.clone()
-        changed[chosen] = _disturbed(batch[chosen], low, high, generator)
+        if len(batch[chosen]):
+            changed[chosen] = _disturbed(batch[chosen], low, high, generator)
         result.append(changed)
         before += len(batch)
     return result
