@@ -319,7 +319,7 @@ SECTIONS: dict[str, tuple[str, int, Callable[[int], Lines]]] = {
     "network": ("EfficientNet-Lite1", 256, network),
     "digits": ("Networks trained on digits", CALIBRATION_SIZE, digits),
     "peers": ("Peers on digits-mobilenet", CALIBRATION_SIZE, partial(peers, "digits-mobilenet")),
-    "peers-minilm": ("Peers on minilm", CALIBRATION_SIZE, partial(peers, "minilm")),
+    "peers-minilm": ("Peers on minilm", 64, partial(peers, "minilm")),
     "latency": ("Latency in onnxruntime", CALIBRATION_SIZE, latency),
     "large": ("A network of 25 million parameters", 32, large),
 }

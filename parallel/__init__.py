@@ -1,5 +1,22 @@
-"""How do many processes train one network as one? So far: what their communication costs."""
+"""How do many processes train one network as one? So far: which layout they should take, and what it costs."""
 
-from parallel.communication import AlphaBeta
+from parallel.architectures import alexnet, gpt, resnet50
+from parallel.communication import AlphaBeta, Collective
+from parallel.layer_cost import Grid
+from parallel.layer_shape import LayerShape, describe
+from parallel.planner import LayerPlan, Plan, Plans, plan
 
-__all__ = ["AlphaBeta"]
+__all__ = [
+    "AlphaBeta",
+    "Collective",
+    "Grid",
+    "LayerPlan",
+    "LayerShape",
+    "Plan",
+    "Plans",
+    "alexnet",
+    "describe",
+    "gpt",
+    "plan",
+    "resnet50",
+]

@@ -1,0 +1,184 @@
+"""The cheapest layout of every layer, and of the ranks, by the alpha-beta model: exactly, over all grids and assignments."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from hessian.tables import Table
+from parallel.communication import AlphaBeta, Collective
+from parallel.layer_cost import LAYOUTS, Grid, Layout, memory, obstacle, relayout, traffic
+from parallel.layer_shape import LayerShape
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: its layout, and what a rank sends for it in a step, the re-layout of its inputs included."""
+
+    name: str
+    layout: Layout
+    seconds: float
+    bytes: float
+    collectives: tuple[Collective, ...]
+
+
+@dataclass(frozen=True, repr=False)
+class Plan(Table):
+    """A grid and a layout for each layer.
+
+    seconds, bytes: communication of a step, of the rank that sends most. memory: bytes a rank keeps. obstacles: why it cannot
+    run; empty where it can.
+    """
+
+    grid: Grid
+    layers: tuple[LayerPlan, ...]
+    memory: float
+    obstacles: tuple[str, ...] = ()
+
+    @property
+    def seconds(self) -> float:
+        return math.fsum(layer.seconds for layer in self.layers)
+
+    @property
+    def bytes(self) -> float:
+        return math.fsum(layer.bytes for layer in self.layers)
+
+    def header(self) -> list[str]:
+        return ["layer", "layout", "milliseconds", "megabytes sent"]
+
+    def cells(self) -> list[list[str]]:
+        return [[layer.name, layer.layout, f"{1e3 * layer.seconds:.4g}", f"{layer.bytes / 1e6:.4g}"] for layer in self.layers]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        return {
+            "grid": [self.grid.model, self.grid.batch],
+            "seconds": self.seconds,
+            "bytes": self.bytes,
+            "memory": self.memory,
+            "obstacles": list(self.obstacles),
+            "layers": [
+                {"name": layer.name, "layout": layer.layout, "seconds": layer.seconds, "bytes": layer.bytes}
+                for layer in self.layers
+            ],
+        }
+
+
+@dataclass(frozen=True)
+class Plans:
+    """The best plan, and the two that everybody would try: all ranks share the batch, or all share every layer."""
+
+    best: Plan
+    pure_batch: Plan
+    pure_model: Plan
+
+
+@dataclass(frozen=True)
+class _Partial:
+    """Layouts of the first layers, and what they cost."""
+
+    seconds: float
+    memory: float
+    layouts: tuple[Layout, ...]
+
+
+def plan(
+    layers: Sequence[LayerShape], world_size: int, batch_size: int, network: AlphaBeta, *, most_memory: float | None = None
+) -> Plans:
+    """The plans for `world_size` ranks and `batch_size` examples a step.
+
+    layers: in the order in which they compute, each the only reader of the one before (see `describe`). most_memory: bytes
+    that a rank may keep. Time is that of communication: nothing overlaps, computation is the same in every plan. Exact: all
+    grids Pr x Pc = `world_size` are tried, on each a dynamic program over the layers keeps every assignment that no other
+    beats in both seconds and bytes.
+
+    Raises ValueError where no plan can run, saying what is in the way.
+    """
+    for name, value in (("world_size", world_size), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{name}={value}: give at least 1")
+    if not layers:
+        raise ValueError("there are no layers to plan for")
+    grids = [Grid(parts, world_size // parts) for parts in range(1, world_size + 1) if world_size % parts == 0]
+    found = [_best_on(layers, grid, batch_size, network, most_memory) for grid in grids]
+    best = min((one for one in found if one is not None), key=lambda one: (one.seconds, one.grid.model), default=None)
+    pure = (
+        assignment(layers, ["batch"] * len(layers), Grid(1, world_size), batch_size, network),
+        assignment(layers, ["model"] * len(layers), Grid(world_size, 1), batch_size, network),
+    )
+    if best is None:
+        why = "; ".join(dict.fromkeys(text for one in pure for text in one.obstacles))
+        if most_memory is not None and any(_best_on(layers, grid, batch_size, network, None) for grid in grids):
+            least = min(_least_memory(layers, grid, batch_size) for grid in grids)
+            why = f"every plan needs {least:,.0f} bytes a rank or more, and {most_memory:,.0f} are allowed"
+        raise ValueError(f"no layout runs on {world_size} ranks with a batch of {batch_size}: {why}")
+    return Plans(best, *pure)
+
+
+def assignment(
+    layers: Sequence[LayerShape], layouts: Sequence[Layout], grid: Grid, batch_size: int, network: AlphaBeta
+) -> Plan:
+    """The plan with these layouts, whether it can run or not."""
+    rows = []
+    for position, (layer, layout) in enumerate(zip(layers, layouts, strict=True)):
+        before = layouts[position - 1] if position else None
+        sent = tuple(_collectives(layer, before, layout, grid, batch_size))
+        seconds = math.fsum(network.seconds(one) for one in sent)
+        rows.append(LayerPlan(layer.name, layout, seconds, math.fsum(one.sent for one in sent), sent))
+    kept = math.fsum(memory(layer, layout, grid, batch_size) for layer, layout in zip(layers, layouts, strict=True))
+    found = (obstacle(layer, layout, grid, batch_size) for layer, layout in zip(layers, layouts, strict=True))
+    return Plan(grid, tuple(rows), kept, tuple(dict.fromkeys(filter(None, found))))
+
+
+def _collectives(layer: LayerShape, before: Layout | None, layout: Layout, grid: Grid, batch_size: int) -> list[Collective]:
+    """The layer's own, and those of the re-layout of its inputs; `before` is None for the first layer."""
+    moved = [] if before is None else relayout(before, layout, layer.inputs, grid, batch_size)
+    return moved + traffic(layer, layout, grid, batch_size, first=before is None)
+
+
+def _best_on(
+    layers: Sequence[LayerShape], grid: Grid, batch_size: int, network: AlphaBeta, most_memory: float | None
+) -> Plan | None:
+    """The best plan on this grid, None where none can run."""
+    reached: dict[Layout | None, list[_Partial]] = {None: [_Partial(0.0, 0.0, ())]}
+    for layer in layers:
+        following: dict[Layout | None, list[_Partial]] = {}
+        for layout in LAYOUTS:
+            if obstacle(layer, layout, grid, batch_size):
+                continue
+            kept = memory(layer, layout, grid, batch_size)
+            options = []
+            for before, partials in reached.items():
+                seconds = math.fsum(network.seconds(one) for one in _collectives(layer, before, layout, grid, batch_size))
+                options += [
+                    _Partial(one.seconds + seconds, one.memory + kept, (*one.layouts, layout))
+                    for one in partials
+                    if most_memory is None or one.memory + kept <= most_memory
+                ]
+            if options:
+                following[layout] = _undominated(options, by_memory=most_memory is not None)
+        reached = following
+    finished = [one for partials in reached.values() for one in partials]
+    if not finished:
+        return None
+    return assignment(layers, min(finished, key=lambda one: one.seconds).layouts, grid, batch_size, network)
+
+
+def _undominated(options: list[_Partial], *, by_memory: bool) -> list[_Partial]:
+    """Those than which none is as fast and as small; the fastest alone where memory does not count."""
+    kept: list[_Partial] = []
+    for one in sorted(options, key=lambda one: (one.seconds, one.memory)):
+        if not kept or (by_memory and one.memory < kept[-1].memory):
+            kept.append(one)
+    return kept
+
+
+def _least_memory(layers: Sequence[LayerShape], grid: Grid, batch_size: int) -> float:
+    """Bytes of the smallest layout of each layer."""
+    return math.fsum(
+        min(
+            (memory(layer, layout, grid, batch_size) for layout in LAYOUTS if not obstacle(layer, layout, grid, batch_size)),
+            default=math.inf,
+        )
+        for layer in layers
+    )
