@@ -1,0 +1,1 @@
+"""How one layer is divided among ranks, exact in value, gradient and second derivative."""

@@ -1,0 +1,25 @@
+"""Functions run by several gloo ranks, each a process of its own."""
+
+import pickle
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import distributed, multiprocessing
+
+
+def _worker(rank, world_size, folder, function, arguments):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world_size)
+    try:
+        result = function(*arguments)
+        Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
+    finally:
+        distributed.destroy_process_group()
+
+
+def run_on_ranks(function, world_size, *arguments):
+    """What `function(*arguments)`, a module's function, returns on each of `world_size` ranks."""
+    with tempfile.TemporaryDirectory() as folder:
+        multiprocessing.spawn(_worker, (world_size, folder, function, arguments), nprocs=world_size)
+        return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]

@@ -1,0 +1,162 @@
+"""Domain-parallel layers against one process, in float64: values, gradients, Hessian-vector products."""
+
+import itertools
+
+import pytest
+import torch
+from torch import distributed
+from torch.nn import functional as F
+
+from parallel.halo import RowExchange, fetch, partition
+from parallel.layouts import domain
+from parallel.layouts.replicated import used_in_parts
+from tests.ranks import run_on_ranks
+
+CONVOLUTIONS = [  # height, kernel, stride, padding, dilation, groups
+    (11, (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    (13, (5, 3), (2, 1), (2, 0), (1, 1), 2),
+    (17, (3, 5), (3, 2), (0, 2), (2, 1), 1),
+    (9, (7, 1), (1, 1), (3, 0), (1, 1), 4),  # a window that reaches over several ranks
+    (14, (2, 2), (4, 4), (0, 0), (1, 1), 1),  # rows that nobody sees
+    (8, (3, 3), (1, 1), (4, 1), (1, 1), 1),  # outputs that see nothing but the border
+]
+
+
+def data(*shape, seed=0):
+    return torch.randn(shape, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def derivatives(loss, leaves):
+    """Value, gradients and one Hessian-vector product."""
+    gradients = torch.autograd.grad(loss, leaves, create_graph=True)
+    directions = [data(*leaf.shape, seed=7 + index) for index, leaf in enumerate(leaves)]
+    along = sum((gradient * direction).sum() for gradient, direction in zip(gradients, directions, strict=True))
+    products = torch.autograd.grad(along, leaves)
+    return [loss.detach(), *(gradient.detach() for gradient in gradients), *products]
+
+
+def windows():
+    """Every convolution, divided and whole: the same outputs."""
+    worst = 0.0
+    for height, kernel, stride, padding, dilation, groups in CONVOLUTIONS:
+        x, weight, bias = data(2, 4, height, 8), data(4, 4 // groups, *kernel, seed=1), data(4, seed=2)
+        options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        whole = F.conv2d(x, weight, bias, **options)
+        rows = domain.Rows(height)
+        if whole.shape[2] < distributed.get_world_size():
+            with pytest.raises(ValueError, match="too few"):
+                domain.conv2d(rows.shard(x), rows, weight, bias, **options)
+            continue
+        part, outputs = domain.conv2d(rows.shard(x), rows, weight, bias, **options)
+        assert outputs.total == whole.shape[2]
+        worst = max(worst, float((part - outputs.shard(whole)).abs().max()))
+        pooled, outputs = domain.max_pool2d(rows.shard(x), rows, (3, 2), stride=(2, 2), padding=(1, 0))
+        assert torch.equal(pooled, outputs.shard(F.max_pool2d(x, (3, 2), (2, 2), (1, 0))))
+    return worst
+
+
+def network(x, targets, leaves, height=None):
+    """Convolutions, batch norm, pooling and a head, of whole images, or, given their height, of this rank's rows of them."""
+    first, scale, shift, second, head = leaves
+    if height is None:
+        x = F.conv2d(x, first, stride=2, padding=2).tanh()
+        x = F.batch_norm(x, None, None, scale, shift, training=True)
+        x = F.max_pool2d(x, (3, 3), (1, 1), (1, 1))
+        x = F.conv2d(x, second, padding=(3, 1), dilation=(2, 1)).sigmoid()
+        return F.cross_entropy(x.mean((2, 3)) @ head, targets)
+    first, scale, shift, second = (used_in_parts(leaf) for leaf in (first, scale, shift, second))
+    rows = domain.Rows(height)
+    x, rows = domain.conv2d(rows.shard(x), rows, first, stride=(2, 2), padding=(2, 2))
+    x = domain.batch_norm2d(x.tanh(), rows, scale, shift)
+    x, rows = domain.max_pool2d(x, rows, (3, 3), stride=(1, 1), padding=(1, 1))
+    x, rows = domain.conv2d(x, rows, second, padding=(3, 1), dilation=(2, 1))
+    return F.cross_entropy(domain.mean_over_rows(x.sigmoid(), rows) @ head, targets)
+
+
+def problem():
+    leaves = [data(6, 3, 5, 5, seed=1), data(6, seed=2), data(6, seed=3), data(4, 6, 4, 3, seed=4), data(4, 5, seed=5)]
+    return data(3, 3, 19, 10), torch.tensor([0, 3, 4]), [leaf.requires_grad_() for leaf in leaves]
+
+
+def trained():
+    x, targets, leaves = problem()
+    return derivatives(network(x, targets, leaves, height=19), leaves)
+
+
+def adjoint():
+    """<fetch x, y> = <x, its adjoint y>, summed over ranks, for random ranges; and fetching is the adjoint's derivative."""
+    ranks, rank, worst = distributed.get_world_size(), distributed.get_rank(), 0.0
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(10):
+        owned = partition(int(torch.randint(1, 12, (), generator=generator)), ranks)
+        total = owned[-1][1]
+        needed = tuple(tuple(sorted(torch.randint(0, total + 1, (2,), generator=generator).tolist())) for _ in range(ranks))
+        exchange = RowExchange(owned, needed, 1)
+        whole = data(2, total, 3)
+        own = whole[:, slice(*owned[rank])].clone().requires_grad_()
+        found = fetch(own, exchange)
+        assert torch.equal(found, whole[:, slice(*needed[rank])])
+        weights = data(*found.shape, seed=rank).requires_grad_()
+        (gradient,) = torch.autograd.grad(found, own, weights, create_graph=True)
+        inner = torch.stack([(found * weights).sum(), (own * gradient).sum()]).detach()
+        distributed.all_reduce(inner)
+        worst = max(worst, float((inner[0] - inner[1]).abs()))
+        (again,) = torch.autograd.grad(gradient, weights, own.detach())
+        assert torch.equal(again, found)
+    return worst
+
+
+def group_of_two():
+    """Rows divided within each of two groups, of which only one holds rank 0."""
+    groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
+    rank = distributed.get_rank()
+    rows = domain.Rows(9, groups[rank // 2])
+    x, weight = data(1, 2, 9, 5, seed=rank // 2), data(3, 2, 3, 3)
+    part, outputs = domain.conv2d(rows.shard(x), rows, weight, padding=(1, 1))
+    return float((part - outputs.shard(F.conv2d(x, weight, padding=1))).abs().max())
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_windows_equal_those_of_whole_images(ranks):
+    assert max(run_on_ranks(windows, ranks)) < 1e-12
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_network_has_the_loss_gradient_and_product_of_one_process(ranks):
+    x, targets, leaves = problem()
+    expected = derivatives(network(x, targets, leaves), leaves)
+    results = run_on_ranks(trained, ranks)
+    for found, truth in itertools.chain.from_iterable(zip(result, expected, strict=True) for result in results):
+        assert float((found - truth).abs().max()) < 1e-10 * max(1.0, float(truth.abs().max()))
+    assert all(torch.equal(one, other) for one, other in zip(results[0], results[-1], strict=True))
+
+
+def test_fetching_and_its_adjoint():
+    assert max(run_on_ranks(adjoint, 3)) < 1e-12
+
+
+def test_groups_of_some_ranks():
+    assert max(run_on_ranks(group_of_two, 4)) < 1e-12
+
+
+def test_partitions_are_even():
+    assert partition(10, 4) == ((0, 3), (3, 6), (6, 8), (8, 10))
+    assert partition(2, 3) == ((0, 1), (1, 2), (2, 2))
+
+
+def refusals():
+    for owned, needed, message in (
+        (((0, 4),), ((0, 4),), "1 ranges are owned by 2 ranks"),
+        (((0, 4), (5, 6)), ((0, 4), (0, 4)), "not consecutive"),
+        (((0, 4), (4, 6)), ((0, 4), (0, 7)), "rank 1 needs rows 0 to 7 of 6"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            RowExchange(owned, needed)
+    exchange = RowExchange(((0, 4), (4, 6)), ((0, 4), (0, 6)))
+    with pytest.raises(ValueError, match="this rank owns rows"):
+        fetch(torch.zeros(1, 1, 5, 1), exchange)
+    assert [exchange.sent_rows(rank) for rank in range(2)] == [4, 0]
+
+
+def test_ranges_that_do_not_fit_are_refused():
+    run_on_ranks(refusals, 2)
