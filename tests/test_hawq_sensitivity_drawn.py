@@ -69,3 +69,17 @@ def test_auto_looks_at_outputs_and_loss():
         table = hawq.sensitivity(model, loss, (inputs, classes(outputs, 8)), method="auto")
         assert table.method == method
         assert all(omega > 0 for omega in table["0"].values())
+
+
+def test_gauss_newton_needs_one_tensor():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.linear = nn.Linear(3, 4)
+
+        def forward(self, x):
+            return self.linear(x), x
+
+    data = (torch.randn(8, 3), classes(4, 8))
+    with pytest.raises(TypeError, match="returns a tuple.*use 'second-order'"):
+        hawq.sensitivity(Two(), lambda outputs, targets: CROSS_ENTROPY(outputs[0], targets), data, method="gauss-newton")

@@ -72,10 +72,8 @@ def loss_terms(
     matrix: Literal["hessian", "gauss-newton"] = "hessian",
     progress: bool = False,
 ) -> tuple[Terms, Terms]:
-    """g.d and d.H d, or d.G d, of every layer and width over the data set, in the loss's units; no sampling error.
-
-    Where d.G d cannot be read off (examples mix, or a layer's output has no row for each), it is d.H d.
-    """
+    """g.d and d.H d, or d.G d where that can be read off, of every layer and width over the data set, in the loss's units; no
+    sampling error."""
     first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     graph = objective.model
@@ -120,10 +118,11 @@ def gauss_newton(
 ) -> SensitivityTable:
     """The table of d.G d: as `second_order`, without the network's own curvature, at one backward pass an output.
 
-    With more than 64 outputs an example it is estimated, for any number of layers and widths, from one backward pass over
-    the first 128; standard errors come from the spread over examples. Raises as `output_cotangents` does there.
+    With more than 64 outputs an example, or a layer whose output has no row for each example, it is estimated, for any number
+    of layers and widths, from one backward pass over the first 128 examples; standard errors come from the spread over
+    them. Raises as `output_cotangents` does there.
     """
-    if not has_many_outputs(objective.outputs(next(iter(objective.batches())))):
+    if _can_be_read_off(objective, layers):
         return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
     few = Objective(objective.model, objective.loss, first_examples(objective, _DRAWN_EXAMPLES, _DRAWN_BATCH))
     return _drawn(few, layers, errors, generator, progress)
@@ -136,6 +135,23 @@ def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], exam
         outputs = run.run(example)
         found = certify(outputs, run.zeros).values()  # type: ignore[arg-type]  # leaves of a graph, like parameters
     return all(certificate.absent or not certificate.reason for certificate in found)
+
+
+def _can_be_read_off(objective: Objective, layers: Mapping[str, Layer]) -> bool:
+    """Whether a backward pass for each output is affordable and tells every layer's examples apart."""
+    graph = objective.model
+    assert isinstance(graph, fx.GraphModule)
+    run = _Perturbed(graph, layers)
+    with torch.enable_grad():
+        outputs = run.run(first_examples(objective, 2, 2)[0][0])
+    if not isinstance(outputs, torch.Tensor):
+        raise TypeError(
+            f"the model returns a {type(outputs).__name__}, and 'gauss-newton' needs one tensor: use 'second-order'"
+        )
+    if has_many_outputs(outputs):
+        return False
+    absent = {name for name, found in certify(outputs, run.zeros).items() if found.absent}  # type: ignore[arg-type]  # leaves of a graph
+    return _separate(outputs, run.zeros) | absent == set(layers)
 
 
 def has_many_outputs(outputs: Any) -> bool:
