@@ -81,5 +81,5 @@ def test_gauss_newton_needs_one_tensor():
             return self.linear(x), x
 
     data = (torch.randn(8, 3), classes(4, 8))
-    with pytest.raises(TypeError, match="returns a tuple.*use 'second-order'"):
+    with pytest.raises(TypeError, match=r"returns a tuple.*use 'second-order'"):
         hawq.sensitivity(Two(), lambda outputs, targets: CROSS_ENTROPY(outputs[0], targets), data, method="gauss-newton")
