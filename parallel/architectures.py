@@ -69,9 +69,9 @@ def resnet50() -> list[LayerShape]:
     return net.layers
 
 
-def gpt(*, blocks: int = 12, width: int = 768, tokens: int = 1024) -> list[LayerShape]:
+def gpt(*, blocks: int = 12, width: int = 768, heads: int = 12, tokens: int = 1024) -> list[LayerShape]:
     """The blocks of a GPT (Radford et al. 2019, by default the smallest GPT-2's), without embeddings: 85 million weights.
-    Attention reads all tokens, so that they cannot be divided there."""
+    Attention reads all tokens, so that its heads can be divided, but not those."""
     layers = []
 
     def linear(name: str, inputs: int, outputs: int) -> None:
@@ -80,7 +80,7 @@ def gpt(*, blocks: int = 12, width: int = 768, tokens: int = 1024) -> list[Layer
 
     for block in range(blocks):
         linear(f"block{block}.qkv", width, 3 * width)
-        layers.append(LayerShape(f"block{block}.attention", 0, tokens * 3 * width, tokens * width))
+        layers.append(LayerShape(f"block{block}.attention", 0, tokens * 3 * width, tokens * width, heads))
         linear(f"block{block}.projection", width, width)
         linear(f"block{block}.expand", width, 4 * width)
         linear(f"block{block}.contract", 4 * width, width)

@@ -88,9 +88,10 @@ def plan(
     """The plans for `world_size` ranks and `batch_size` examples a step.
 
     layers: in the order in which they compute, each the only reader of the one before (see `describe`). most_memory: bytes
-    that a rank may keep. Time is that of communication: nothing overlaps, computation is the same in every plan. Exact: all
-    grids Pr x Pc = `world_size` are tried, on each a dynamic program over the layers keeps every assignment that no other
-    beats in both seconds and bytes.
+    that a rank may keep. Time is that of communication, of which nothing overlaps; computation is taken to be the same in every
+    plan (norms, pools and embeddings, which every rank of a model-parallel group computes, are cheap). Exact: all grids
+    Pr x Pc = `world_size` are tried, on each a dynamic program over the layers keeps every assignment that no other beats in
+    both seconds and bytes.
 
     Raises ValueError where no plan can run, saying what is in the way.
     """
