@@ -1,5 +1,7 @@
-"""How do many processes train one network as one? So far: which layout they should take, and what it costs."""
+"""How do many processes train one network as one? So far: which layout they should take, domain-parallel layers, and the
+curvature of data-parallel models."""
 
+from parallel import curvature
 from parallel.architectures import alexnet, gpt, resnet50
 from parallel.communication import AlphaBeta, Collective
 from parallel.layer_cost import Grid
@@ -15,6 +17,7 @@ __all__ = [
     "Plan",
     "Plans",
     "alexnet",
+    "curvature",
     "describe",
     "gpt",
     "plan",

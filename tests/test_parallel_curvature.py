@@ -1,0 +1,142 @@
+"""Curvature of split data on several ranks against one process, in float64."""
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import hessian
+from parallel import curvature
+from tests.ranks import run_on_ranks
+
+IGNORED = nn.CrossEntropyLoss(ignore_index=1)
+
+
+def problem():
+    """A curved and a piecewise linear network, and 11 examples of which some do not count."""
+    torch.manual_seed(0)
+    smooth = nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    linear = nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Flatten(), nn.Linear(12, 3)).double()
+    x = torch.randn(11, 5, dtype=torch.float64)
+    images = torch.randn(11, 1, 3, 3, dtype=torch.float64)
+    return smooth, linear, x, images, torch.tensor([0, 1, 2, 2, 1, 1, 0, 2, 0, 1, 2])
+
+
+def part(*tensors):
+    """This rank's share: the first takes 5 examples, in two batches, the next 4, the next 2, a fourth none."""
+    start, end = [(0, 5), (5, 9), (9, 11), (11, 11)][distributed.get_rank()] if distributed.get_world_size() > 1 else (0, 11)
+    own = [tensor[start:end] for tensor in tensors]
+    return list(zip(*(tensor.split(3) for tensor in own), strict=True)) if start < end else []
+
+
+def estimates(operator):
+    """What an estimator makes of the operator, by generators of one seed."""
+
+    def generator():
+        return torch.Generator().manual_seed(3)
+
+    top = hessian.top_eigenpairs(operator, 3, which="both", tol=1e-8, generator=generator())
+    density = hessian.spectral_density(operator, 2, 12, generator=generator())
+    return [
+        operator.to_dense(),
+        operator.gradient(),
+        torch.tensor(operator.loss_and_gradient()[0], dtype=torch.float64),
+        top.values,
+        torch.tensor(
+            hessian.trace(operator, method="hutchinson", max_matvecs=40, generator=generator()).value, dtype=torch.float64
+        ),
+        torch.tensor(hessian.trace(operator, generator=generator()).value, dtype=torch.float64),
+        hessian.diagonal(operator, generator=generator()).value,
+        density.nodes,
+        density.weights,
+        operator.block("0.*").to_dense(),
+    ]
+
+
+def distributed_estimates():
+    smooth, linear, x, images, targets = problem()
+    wrapped = DistributedDataParallel(smooth)
+    # rank 0's vectors are those of all, whatever the others' generators
+    torch.manual_seed(distributed.get_rank())
+    own = curvature.hessian(smooth, IGNORED, part(x, targets))
+    return [
+        estimates(curvature.hessian(wrapped, IGNORED, part(x, targets))),
+        estimates(curvature.gauss_newton(smooth, IGNORED, part(x, targets), micro_batch=2)),
+        estimates(curvature.hessian(linear, IGNORED, part(images, targets))),
+        [own.space.random(2, kind) for kind in ("rademacher", "normal")],
+    ]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_estimates_equal_those_of_one_process(ranks):
+    """With 2 ranks the last two examples are left out on both sides; with 4 one rank has none."""
+    smooth, linear, x, images, targets = problem()
+    count = 9 if ranks == 2 else 11
+    data, pictures = (x[:count], targets[:count]), (images[:count], targets[:count])
+    expected = [
+        estimates(hessian.Hessian(smooth, IGNORED, data)),
+        estimates(hessian.GaussNewton(smooth, IGNORED, data)),
+        estimates(hessian.Hessian(linear, IGNORED, pictures)),
+    ]
+    results = run_on_ranks(distributed_estimates, ranks)
+    for found, truth in zip(results[0], expected, strict=False):
+        for one, other in zip(found, truth, strict=True):
+            assert float((one - other).abs().max()) < 1e-10 * max(1.0, float(other.abs().max()))
+    for result in results[1:]:
+        assert all(
+            torch.equal(one, other) for left, right in zip(results[0], result, strict=True) for one, other in zip(left, right)
+        )
+
+
+def test_one_process_needs_no_group():
+    smooth, _, x, _, targets = problem()
+    found = curvature.hessian(smooth, IGNORED, (x, targets)).to_dense()
+    assert torch.equal(found, hessian.Hessian(smooth, IGNORED, (x, targets)).to_dense())
+
+
+def reductions():
+    """How many reductions a block of products takes."""
+    smooth, _, x, _, targets = problem()
+    operator = curvature.hessian(smooth, IGNORED, part(x, targets))
+    vectors = torch.ones(operator.shape[0], 4, dtype=torch.float64)
+    operator @ vectors
+    calls = []
+    original = distributed.all_reduce
+    distributed.all_reduce = lambda *arguments, **options: calls.append(1) or original(*arguments, **options)
+    try:
+        operator @ vectors
+    finally:
+        distributed.all_reduce = original
+    return len(calls)
+
+
+def test_one_reduction_a_block_of_products():
+    assert run_on_ranks(reductions, 2) == [1, 1]
+
+
+def failures():
+    """An error on one rank is raised on all, and the next call works."""
+    smooth, _, x, _, targets = problem()
+    rank, found = distributed.get_rank(), []
+    bad = targets.clone()
+    bad[7] = 9  # in rank 1's part
+    for attempt in (
+        lambda: curvature.hessian(smooth, IGNORED, part(x, bad)) @ torch.zeros(57, dtype=torch.float64),
+        lambda: curvature.hessian(smooth, nn.CrossEntropyLoss(ignore_index=-1), [(x[:0], targets[:0])]),
+        lambda: curvature.hessian(smooth, IGNORED, part(x, targets)).exact_trace(),
+    ):
+        try:
+            attempt()
+        except Exception as error:
+            found.append(f"{type(error).__name__}: {error}")
+    curvature.hessian(smooth, IGNORED, part(x, targets)) @ torch.zeros(57, dtype=torch.float64)
+    return rank, found
+
+
+def test_errors_reach_every_rank():
+    (_, first), (_, second) = run_on_ranks(failures, 2)
+    assert first[0] == "RuntimeError: the computation failed on another rank, whose own message says why"
+    assert second[0].startswith("ValueError: target 9 is out of range")
+    assert first[1].startswith("ValueError: no item of the data counts on any rank")
+    assert first[2].startswith("NotExactError: the trace of '0.weight' is not exact")
+    assert first[1:] == second[1:]
