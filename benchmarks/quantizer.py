@@ -5,6 +5,7 @@ KL(float || quantized), nats an example of the test data. Peers are optional; th
 """
 
 import argparse
+import itertools
 import os
 import platform
 import resource
@@ -72,20 +73,22 @@ class Case:
         expected, found = (outputs.double().log_softmax(1) for outputs in (self.float.outputs, result.outputs))
         return float((expected.exp() * (expected - found)).sum(1).mean())
 
-    def sensitivity(self, data: Data | None = None) -> hawq.SensitivityTable:
-        """By the method that is chosen where none is given."""
+    def sensitivity(self, data: Data | None = None, method: str = "auto") -> hawq.SensitivityTable:
+        """By default by the method that is chosen where none is given."""
         data = self.calibration if data is None else data
         generator = torch.Generator().manual_seed(0)
-        return hawq.sensitivity(self.graph, self.task.loss, data, bits=BITS, method="auto", generator=generator)
+        return hawq.sensitivity(self.graph, self.task.loss, data, bits=BITS, method=method, generator=generator)
 
     def allocation(self, table: hawq.SensitivityTable, average: float) -> hawq.Allocation:
         budget = hawq.Budget("bits of weights", weight_bits(self.layers, BITS), average * self.num_params)
         return hawq.allocate({name: table[name] for name in self.layers}, [budget], tied_layers(self.layers))
 
-    def quantized(self, allocation: hawq.Allocation, activations: Any = None, data: Data | None = None) -> hawq.QuantizedModel:
+    def quantized(
+        self, allocation: hawq.Allocation, activations: Any = None, data: Data | None = None, group_size: int | None = None
+    ) -> hawq.QuantizedModel:
         data = self.calibration if data is None else data
-        generator = torch.Generator().manual_seed(0)
-        return hawq.quantize_model(self.graph, allocation, data, activations=activations, generator=generator)
+        own = torch.Generator().manual_seed(0)
+        return hawq.quantize_model(self.graph, allocation, data, activations=activations, group_size=group_size, generator=own)
 
     def scores(self, network: Network) -> Lines:
         """Accuracy and KL as table cells."""
@@ -183,6 +186,25 @@ def digits(size: int) -> Lines:
             free.append([name, label, *case.scores(model)])
     lines += [f"Average 4, weights only, widths and roundings from {size} examples:", ""]
     return lines + table(["network", "examples", "accuracy", "KL"], free, 2)
+
+
+def transformers(size: int) -> Lines:
+    """Q-BERT's table (Shen et al. 2020, table 1): groups of weights, and who chooses the widths, on transformers."""
+    lines = []
+    for name, methods in (("text-transformer", ("q-bert", "auto")), ("minilm", ("auto",))):
+        case = Case(load_task(name), size)
+        seconds: dict[str, float] = {}
+        rows = []
+        for method in methods:
+            with timed(seconds, method):
+                sensitivities = case.sensitivity(method=method)
+            for average, group_size in itertools.product((8, 4, 3, 2), (None, 128)):
+                model = case.quantized(case.allocation(sensitivities, average), group_size=group_size)
+                scales = "a channel" if group_size is None else f"{group_size} weights"
+                rows.append([sensitivities.method, f"{average}", scales, *case.scores(model), f"{weight_bytes(model):,}"])
+        columns = ["widths by", "average", "a scale for", "metric", "KL", "bytes of weights"]
+        lines += [*case.title(), f"Sensitivities: {described(seconds)}.", "", *table(columns, rows, 3)]
+    return lines
 
 
 def peers(name: str, size: int) -> Lines:
@@ -329,6 +351,7 @@ SECTIONS: dict[str, tuple[str, int, Callable[[int], Lines]]] = {
     "digits": ("Networks trained on digits", CALIBRATION_SIZE, digits),
     "peers": ("Peers on digits-mobilenet", CALIBRATION_SIZE, partial(peers, "digits-mobilenet")),
     "peers-minilm": ("Peers on minilm", 64, partial(peers, "minilm")),
+    "transformers": ("Transformers, as in Q-BERT's table", 64, transformers),
     "latency": ("Latency in onnxruntime", CALIBRATION_SIZE, latency),
     "large": ("A network of 25 million parameters", 32, large),
 }
