@@ -83,3 +83,14 @@ def test_gauss_newton_needs_one_tensor():
     data = (torch.randn(8, 3), classes(4, 8))
     with pytest.raises(TypeError, match=r"returns a tuple.*use 'second-order'"):
         hawq.sensitivity(Two(), lambda outputs, targets: CROSS_ENTROPY(outputs[0], targets), data, method="gauss-newton")
+
+
+def test_a_loss_that_sums_counts_the_examples_that_are_not_looked_at():
+    data = (torch.randn(200, 3, generator=torch.Generator().manual_seed(0)), classes(70, 200))
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(3, 70))
+    mean, total = (
+        hawq.sensitivity(model, loss, data, method="gauss-newton", generator=torch.Generator().manual_seed(0))["0"]
+        for loss in (nn.CrossEntropyLoss(), nn.CrossEntropyLoss(reduction="sum"))
+    )
+    assert total == pytest.approx({bits: 200 * omega for bits, omega in mean.items()}, rel=1e-4)

@@ -33,7 +33,7 @@ from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
-from hessian.objective import Objective
+from hessian.objective import Objective, count_examples
 from hessian.operators.curvature import differentiable_twice
 from hessian.output_curvature import OutputCurvatureError, output_cotangents, output_curvature_factors
 from hessian.output_loss import loss_in_double
@@ -125,7 +125,10 @@ def gauss_newton(
     if _can_be_read_off(objective, layers):
         return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
     few = Objective(objective.model, objective.loss, first_examples(objective, _DRAWN_EXAMPLES, _DRAWN_BATCH))
-    return _drawn(few, layers, errors, generator, progress)
+    scale = 1.0
+    if objective.is_sum:
+        scale = sum(map(count_examples, objective.batches())) / sum(map(count_examples, few.batches()))
+    return _drawn(few, layers, errors, scale, generator, progress)
 
 
 def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], example: torch.Tensor) -> bool:
@@ -170,9 +173,14 @@ def curves_loss(objective: Objective, batch: Any, outputs: torch.Tensor) -> bool
 
 
 def _drawn(
-    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, generator: torch.Generator | None, progress: bool
+    objective: Objective,
+    layers: Mapping[str, Layer],
+    errors: RoundingErrors,
+    scale: float,
+    generator: torch.Generator | None,
+    progress: bool,
 ) -> SensitivityTable:
-    """d.G d from one random cotangent an example."""
+    """`scale` times d.G d from one random cotangent an example."""
     graph, own = objective.model, torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
     assert isinstance(graph, fx.GraphModule)
     samples: dict[str, dict[int, list[torch.Tensor]]] = {name: {bits: [] for bits in row} for name, row in errors.items()}
@@ -193,7 +201,7 @@ def _drawn(
                 for bits, error in errors[name].items():
                     with torch.no_grad():
                         along = (error.of_output(layers[name], run.inputs[name]) * slope).reshape(rows, -1).sum(1)
-                    samples[name][bits].append(weight * along.double().square().cpu())
+                    samples[name][bits].append(scale * weight * along.double().square().cpu())
     omega: Terms = {name: {} for name in errors}
     stderr: Terms = {name: {} for name in errors}
     for name, row in samples.items():
