@@ -15,6 +15,7 @@ from hawq.model import QuantizedModel
 
 _BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # told apart by every kind of colour vision (Okabe and Ito)
 _MOST_HISTOGRAMS = 32
+_TITLE = 36  # characters of a name that fit above a histogram
 _AUDITED = ("frontier", "layers", "interaction")
 
 
@@ -98,7 +99,7 @@ def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
     names = list(layers)[:_MOST_HISTOGRAMS]
     columns = min(4, len(names))
     rows = -(-len(names) // columns)
-    figure = Figure(figsize=(2.6 * columns, 1.5 * rows + 0.4), layout="constrained")
+    figure = Figure(figsize=(2.6 * columns, 1.6 * rows + 0.4), layout="constrained")
     for position, name in enumerate(names):
         axes = figure.add_subplot(rows, columns, position + 1)
         layer = layers[name]
@@ -110,7 +111,8 @@ def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
         axes.hist(scaled, bins=61, range=(-edge, edge), color=_BLUE, histtype="stepfilled")
         axes.axvspan(qmin - 0.5, qmax + 0.5, color=_ORANGE, alpha=0.15, linewidth=0)
         outside = float(((scaled < qmin - 0.5) | (scaled > qmax + 0.5)).mean())
-        axes.set_title(f"{name}: {layer.bits} bits, {outside:.1%} clipped", fontsize=7)
+        short = name if len(name) <= _TITLE else f"…{name[1 - _TITLE :]}"
+        axes.set_title(f"{short}\n{layer.bits} bits, {outside:.1%} clipped", fontsize=7)
         axes.tick_params(labelsize=6)
         axes.set_yticks([])
     if len(layers) > len(names):
