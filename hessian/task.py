@@ -39,17 +39,18 @@ class UnknownTaskError(ValueError):
     """A task was named that does not exist."""
 
 
-def load_task(text: str, weights: str | os.PathLike[str] | None = None) -> Task:
+def load_task(text: str, weights: str | os.PathLike[str] | None = None, *, pretrained: bool = True) -> Task:
     """The task that `text` names: a built-in one, or `package.module:function` returning a Task.
 
     `weights`: a file of weights for the task's model (see `load_weights`); a built-in task then trains nothing.
+    `pretrained=False`: the model of a built-in task has its initial weights.
     Raises UnknownTaskError (a ValueError) for a name that leads nowhere, ValueError for an empty dataset or weights that
     are not finite, TypeError for a function that returns no Task.
     """
     from hessian.tasks import BUILT_IN
 
     if text in BUILT_IN:
-        task = BUILT_IN[text](pretrained=weights is None)
+        task = BUILT_IN[text](pretrained=pretrained and weights is None)
     elif ":" in text:
         task = _call(text)
     else:

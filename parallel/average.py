@@ -1,0 +1,38 @@
+"""An exponential moving average of a model's weights."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+
+import torch
+
+
+class WeightAverage:
+    """The average of `tensors` (which change in place): after update t, decay is min(`decay`, (1 + t) / (10 + t)).
+
+    Tensors that are no floating-point numbers, such as counters, are taken as they are.
+    """
+
+    def __init__(self, tensors: Mapping[str, torch.Tensor], decay: float) -> None:
+        self._live = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
+        self.decay = decay
+        self.tensors = {name: tensor.clone() for name, tensor in self._live.items()}
+
+    @torch.no_grad()
+    def update(self, count: int) -> None:
+        """Take in the current values, which are those after `count` steps."""
+        decay = min(self.decay, (1 + count) / (10 + count))
+        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - decay)
+
+    @contextlib.contextmanager
+    def in_place(self) -> Iterator[None]:
+        """The model has the average's weights inside."""
+        before = {name: tensor.clone() for name, tensor in self._live.items()}
+        with torch.no_grad():
+            for name, tensor in self._live.items():
+                tensor.copy_(self.tensors[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, tensor in self._live.items():
+                    tensor.copy_(before[name])

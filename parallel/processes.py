@@ -1,0 +1,118 @@
+"""The processes of a run: how they meet, agree, and find out who is missing."""
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import distributed
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented all the same
+from torch.distributed.rendezvous import rendezvous
+
+_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+
+
+class RankLostError(RuntimeError):
+    """Other ranks wait for one that does not answer; the text names it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process among all. store: what they can read of each other at any time. restarts: of the whole, by torchrun."""
+
+    rank: int
+    world_size: int
+    device: torch.device
+    store: Store
+    restarts: int
+
+    def at(self, step: int, doing: str) -> None:
+        """Let the others know how far this rank has come."""
+        if self.world_size > 1:
+            self.store.set(f"rank{self.rank}", json.dumps([step, doing]))
+
+    def introduce(self) -> None:
+        """Let the others know where this rank runs."""
+        self.store.set(f"host{self.rank}", f"{socket.gethostname()}, process {os.getpid()}")
+        self.at(0, "starting")
+
+    def lagging(self, phases: tuple[str, ...]) -> str:
+        """The ranks that are behind the others and where they are; empty where all have come equally far. `phases`: what is
+        done in a step, in order."""
+        seen = {rank: self._read(f"rank{rank}") for rank in range(self.world_size)}
+        places = {rank: (-1, "") if text is None else tuple(json.loads(text)) for rank, text in seen.items()}
+        order = {rank: (step, phases.index(doing) if doing in phases else -1) for rank, (step, doing) in places.items()}
+        last = min(order.values())
+        if last == max(order.values()):
+            return ""
+        found = []
+        for rank, (step, doing) in places.items():
+            if order[rank] == last:
+                where = self._read(f"host{rank}")
+                state = "never started" if where is None else f"{where}, stopped in step {step} while {doing}"
+                found.append(f"rank {rank} ({state})")
+        return ", ".join(found)
+
+    def agree(self, config: Mapping[str, Any]) -> None:
+        """Collective: ValueError that names the first field in which ranks differ."""
+        if self.world_size == 1:
+            return
+        everybody: list[Any] = [None] * self.world_size
+        distributed.all_gather_object(everybody, dict(config))
+        for rank, other in enumerate(everybody):
+            for name in everybody[0]:
+                if other.get(name) != everybody[0][name]:
+                    raise ValueError(
+                        f"rank {rank} has {name} = {other.get(name)!r}, rank 0 {everybody[0][name]!r}: start all ranks alike"
+                    )
+
+    def _read(self, key: str) -> str | None:
+        return self.store.get(key).decode() if self.store.check([key]) else None
+
+
+@contextlib.contextmanager
+def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[Processes]:
+    """All processes of this torchrun as the default group, or this one alone. timeout: seconds that a message may take.
+
+    Raises ValueError where the environment names only part of what ranks need to meet, for a port in use, and for a device
+    that is not there.
+    """
+    missing = [name for name in _VARIABLES if not os.environ.get(name)]
+    if 0 < len(missing) < len(_VARIABLES):
+        there = ", ".join(name for name in _VARIABLES if name not in missing)
+        raise ValueError(f"the environment has {there} but not {', '.join(missing)}: start with torchrun, or unset them")
+    backend = "gloo"
+    place = torch.device(device)
+    if place.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device {device}: this machine has no CUDA device")
+        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
+        torch.cuda.set_device(place)
+        backend = "cpu:gloo,cuda:nccl"
+    limit = timedelta(seconds=timeout)
+    store: Store
+    if missing:
+        store, rank, world_size = HashStore(), 0, 1
+    else:
+        try:
+            store, rank, world_size = next(iter(rendezvous("env://", timeout=limit)))
+        except distributed.DistNetworkError as error:
+            address = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+            raise ValueError(
+                f"ranks cannot meet at {address} (another program's port? choose one by --master-port): {error}"
+            ) from error
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    store = PrefixStore(f"start{restarts}", store)  # torchrun may keep the store, in which dead ranks left their addresses
+    group_store = PrefixStore("group", store)
+    distributed.init_process_group(backend, store=group_store, rank=rank, world_size=world_size, timeout=limit)
+    found = Processes(rank, world_size, place, PrefixStore("run", store), restarts)
+    try:
+        found.introduce()
+        yield found
+    finally:
+        distributed.destroy_process_group()

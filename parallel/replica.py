@@ -1,0 +1,126 @@
+"""The network as the ranks hold it: whole on each of them, or in parts."""
+
+import contextlib
+from collections.abc import Iterator
+from inspect import signature
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from parallel.layouts.batch_norm import globalize
+
+# whether rank 0's buffers go to all before a pass; renamed in torch 2.13
+_BUFFERS = (
+    "forward_sync_buffers" if "forward_sync_buffers" in signature(DistributedDataParallel).parameters else "broadcast_buffers"
+)
+
+
+class Replica:
+    """A model whose gradients are summed over the ranks that share the batch. Collective.
+
+    sum_gradients: what a loss must be multiplied by so that gradients of all ranks add up.
+    """
+
+    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, shard: bool = False, global_batch_norm: bool = True) -> None:
+        group = mesh.get_group()
+        ranks = mesh.size()
+        for tensor in model.state_dict(keep_vars=True).values():
+            distributed.broadcast(tensor.detach(), group=group, group_src=0)
+        if ranks > 1 and global_batch_norm:
+            model = globalize(model, group)
+        self.model, self.sum_gradients = model, float(ranks)  # for DDP and FSDP2 divide the sum by the ranks
+        self._call: nn.Module = model
+        if shard:
+            for module in [*blocks(model), model]:
+                fully_shard(module, mesh=mesh)
+        elif ranks > 1:
+            options: dict[str, Any] = {_BUFFERS: not global_batch_norm, "gradient_as_bucket_view": True}
+            self._call = DistributedDataParallel(model, process_group=group, init_sync=False, **options)
+
+    def __call__(self, inputs: Any) -> Any:
+        return self._call(inputs)
+
+    @contextlib.contextmanager
+    def accumulating(self, more: bool) -> Iterator[None]:
+        """Gradients stay on each rank while there are `more` passes to come."""
+        if isinstance(self._call, FSDPModule):
+            self._call.set_requires_gradient_sync(not more)
+            yield
+        elif more and isinstance(self._call, DistributedDataParallel):
+            with self._call.no_sync():
+                yield
+        else:
+            yield
+
+    def gradient_norm(self) -> torch.Tensor:
+        """The Euclidean norm of the whole gradient, (), the same on every rank."""
+        gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+    def shorten_gradient(self, norm: torch.Tensor, longest: float) -> None:
+        """Scale the gradient down to `longest`, where its `norm` is more."""
+        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), longest, norm)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Parameters and buffers by name, each rank's own parts; they change with the model."""
+        return {name: tensor.detach() for name, tensor in self.model.state_dict(keep_vars=True).items()}
+
+
+def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The tensors gathered, on the CPU. Collective."""
+    return {
+        name: (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).to("cpu", copy=True).contiguous()
+        for name, tensor in tensors.items()
+    }
+
+
+def blocks(model: nn.Module) -> list[nn.Module]:
+    """The modules that a network repeats: those in a Sequential or a ModuleList that have weights and modules of their own."""
+    lists = [module for module in model.modules() if isinstance(module, nn.Sequential | nn.ModuleList)]
+    found = [child for module in lists for child in module if _has_any(child.parameters()) and _has_any(child.children())]
+    return [one for one in found if not isinstance(one, nn.Sequential | nn.ModuleList)]
+
+
+def _has_any(items: Iterator[Any]) -> bool:
+    return next(items, None) is not None
+
+
+def checkpoint_activations(model: nn.Module) -> int:
+    """Let every block keep its inputs alone for the backward pass, and compute the rest anew; how many blocks there are."""
+    found = blocks(model)
+    for block in found:
+        block.forward = _checkpointed(block)  # of this instance alone
+    return len(found)
+
+
+def _checkpointed(block: nn.Module) -> Any:
+    inner = block.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return inner(*args, **kwargs)
+        contexts = lambda: (contextlib.nullcontext(), _remembering_nothing(block))  # noqa: E731
+        return checkpoint(inner, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+
+    return forward
+
+
+@contextlib.contextmanager
+def _remembering_nothing(block: nn.Module) -> Iterator[None]:
+    """Batch norms inside leave their running moments alone: the first pass has seen to them."""
+    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    before = [module.track_running_stats for module in norms]
+    for module in norms:
+        module.track_running_stats = False
+    try:
+        yield
+    finally:
+        for module, tracks in zip(norms, before, strict=True):
+            module.track_running_stats = tracks

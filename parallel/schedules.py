@@ -1,0 +1,18 @@
+"""The learning rate over a run, as a share of the base rate."""
+
+import math
+from collections.abc import Callable
+
+SCHEDULES: dict[str, Callable[[float], float]] = {  # from the share of the run behind the warm-up that is done
+    "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    "linear": lambda done: 1 - done,
+    "constant": lambda _: 1.0,
+}
+
+
+def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
+    """The share for step 0 .. `steps` - 1, of which the first `warmup` (a share of all) lead up to 1, linearly."""
+    first = math.ceil(warmup * steps)
+    if step < first:
+        return (step + 1) / first
+    return SCHEDULES[schedule]((step - first) / (steps - first))

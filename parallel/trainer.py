@@ -1,0 +1,272 @@
+"""Training steps that many processes take as one: the same examples, the same loss, the same weights to rounding."""
+
+import contextlib
+import copy
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors
+from hessian.task import Task
+from parallel.augmentation import Augmentation
+from parallel.average import WeightAverage
+from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
+from parallel.optimizers import OPTIMIZERS
+from parallel.processes import Processes
+from parallel.replica import Replica, checkpoint_activations
+from parallel.schedules import rate
+from parallel.train_options import Config
+
+PHASES = ("loading data", "running forward", "running backward", "updating")
+
+_EVALUATION_BATCH = 256
+
+
+class NotFiniteError(ArithmeticError):
+    """The loss or its gradient is NaN or infinite in this step, on all ranks."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Means over the whole evaluation data."""
+
+    metric: float
+    loss: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """This rank's examples of one pass, and the batch that they are mixed with, if any."""
+
+    batch: Any
+    partners: Any
+
+
+class Trainer:
+    """A task's model, its optimizer and its place in the order of the data. Collective: all ranks do the same.
+
+    `step` and `examples` count what has been done; `rate_scale` is what non-finite losses have left of the learning rate.
+    Raises ValueError for a batch that cannot be shared, and for options that do not suit the task.
+    """
+
+    def __init__(self, task: Task, config: Config, processes: Processes, mesh: DeviceMesh) -> None:
+        self.task, self.config, self.processes, self.mesh = task, config, processes, mesh
+        self.size = len(task.train)  # type: ignore[arg-type]  # map-style datasets have a length
+        self._check_batch()
+        self.step = 0
+        self.rate_scale = 1.0
+        self.order = DataOrder(self.size, config.seed)
+        self.augmentation = Augmentation(config.seed, config.mixup, config.flip, config.shift)
+        self.loss = with_label_smoothing(task.loss, config.label_smoothing)
+        model = task.model.to(processes.device).train()
+        if config.checkpoint_activations and checkpoint_activations(model) == 0:
+            raise ValueError(
+                "--checkpoint-activations: the model has no blocks, in a Sequential or a ModuleList, to compute anew"
+            )
+        self.replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global")
+        kind = OPTIMIZERS[config.optimizer]
+        self.base_rate = kind.learning_rate if config.learning_rate is None else config.learning_rate
+        trained = [parameter for parameter in self.replica.model.parameters() if parameter.requires_grad]
+        if not trained:
+            raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
+        self.optimizer = kind.make(trained, self.base_rate, config)
+        self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
+        self._weighing = Objective(self.replica.model, self.loss, [])  # counts what a batch's loss averages over
+
+    @property
+    def steps(self) -> int:
+        """How many steps the whole run has."""
+        if self.config.steps is not None:
+            return self.config.steps
+        epochs = 10.0 if self.config.epochs is None else self.config.epochs
+        return math.ceil(epochs * self.size / self.config.batch_size)
+
+    @property
+    def examples(self) -> int:
+        """How many examples have been trained on."""
+        return self.step * self.config.batch_size
+
+    def learning_rate(self) -> float:
+        """Of the step to come."""
+        share_of_base = rate(self.step, self.steps, self.config.warmup, self.config.schedule)
+        return self.base_rate * self.rate_scale * share_of_base
+
+    def train(self) -> Iterator[dict[str, float]]:
+        """Take the steps that are left; what each of them measured. NotFiniteError leaves the weights as they were."""
+        last = self.steps
+        loader = iter(self._loader(last))
+        while self.step < last:
+            self.processes.at(self.step, PHASES[0])
+            yield self._step([next(loader) for _ in range(self.config.accumulate)])
+
+    def _step(self, loaded: list[Any]) -> dict[str, float]:
+        parts = [self._prepared(items, number) for number, items in enumerate(loaded)]
+        weights = [self._weighing.weight(part.batch) for part in parts]
+        counted = torch.tensor(sum(weights), dtype=torch.float64, device=self.processes.device)
+        counting = distributed.all_reduce(counted, group=self._group, async_op=True)
+        torch.manual_seed(keyed_generator("step", self.config.seed, self.step, self.mesh.get_local_rank()).initial_seed())
+        self.optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        mixing = self.augmentation.share(self.step)
+        for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
+            self.processes.at(self.step, PHASES[1])
+            with self.replica.accumulating(number + 1 < len(parts)):
+                loss = self._loss(part, mixing)
+                if number == 0 and counting is not None:
+                    counting.wait()
+                divisor = 1.0 if self._weighing.is_sum else counted.clamp(min=1e-30).to(loss.dtype)
+                part_of_loss = loss * weight / divisor
+                self.processes.at(self.step, PHASES[2])
+                (part_of_loss * self.replica.sum_gradients).backward()
+            total += part_of_loss.detach()
+        distributed.all_reduce(total, group=self._group)
+        norm = self.replica.gradient_norm()
+        value, length = float(total), float(norm)
+        if not math.isfinite(value) or not math.isfinite(length):
+            raise NotFiniteError(f"the loss is {value} and its gradient's norm {length} in step {self.step}")
+        self.processes.at(self.step, PHASES[3])
+        if self.config.clip is not None:
+            self.replica.shorten_gradient(norm, self.config.clip)
+        learning_rate = self.learning_rate()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        self.optimizer.step()
+        self.step += 1
+        if self.average is not None:
+            self.average.update(self.step)
+        return {
+            "step": self.step,
+            "examples": self.examples,
+            "loss": value,
+            "learning_rate": learning_rate,
+            "batch_size": self.config.batch_size,
+            "gradient_norm": length,
+        }
+
+    @torch.no_grad()
+    def evaluate(self) -> Evaluation:
+        """The metric and the loss of the evaluation data, which the ranks share."""
+        dataset, objective = self.task.evaluation, Objective(self.replica.model, self.task.loss, [])
+        size = len(dataset)  # type: ignore[arg-type]
+        ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
+        start, stop = share(0, size, rank, ranks)
+        rounds = math.ceil(math.ceil(size / ranks) / _EVALUATION_BATCH)
+        sums = torch.zeros(4, dtype=torch.float64)
+        model = self.replica.model
+        with self._averaged(), _evaluating(model), self._autocast():
+            for number in range(rounds):
+                first = start + number * _EVALUATION_BATCH
+                chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)  # a rank without any keeps step
+                counts = first < stop
+                items = _collate([dataset[index] for index in chosen])
+                batch = map_tensors(lambda tensor: tensor.to(self.processes.device), items)
+                outputs = model(batch[0])
+                if counts:
+                    weight, examples = objective.weight(batch), count_examples(batch)
+                    loss, metric = float(self.task.loss(outputs, batch[1])), float(self.task.metric(outputs, batch[1]))
+                    sums += torch.tensor([weight * loss, weight, examples * metric, examples], dtype=torch.float64)
+        sums = sums.to(self.processes.device)
+        distributed.all_reduce(sums, group=self._group)
+        loss, weight, metric, examples = sums.tolist()
+        return Evaluation(metric / examples, loss if objective.is_sum else loss / weight if weight else math.nan)
+
+    @property
+    def _group(self) -> Any:
+        return self.mesh.get_group()
+
+    def _check_batch(self) -> None:
+        size, ranks = self.config.batch_size, self.mesh.size()
+        if size // self.config.accumulate < ranks:
+            passes = f" in {self.config.accumulate} passes" if self.config.accumulate > 1 else ""
+            raise ValueError(f"--batch-size {size}{passes} is fewer examples than the {ranks} ranks that share it")
+        if size > self.size:
+            raise ValueError(f"--batch-size {size}: the training data has {self.size} examples")
+
+    def _loader(self, last: int) -> DataLoader[Any]:
+        """This rank's examples of all passes to come; with mixup, their partners behind them."""
+        return DataLoader(
+            self.task.train,
+            batch_sampler=self._chosen(last),
+            num_workers=self.config.workers,
+            collate_fn=list,
+            generator=torch.Generator(),
+        )
+
+    def _chosen(self, last: int) -> Iterator[list[int]]:
+        size, accumulate = self.config.batch_size, self.config.accumulate
+        for step in range(self.step, last):
+            first = step * size
+            batch = self.order.take(first, size)
+            partners = self.augmentation.partners(step, batch) if self.augmentation.mixup else []
+            for start, stop in micro_batches(first, size, accumulate, self.mesh.get_local_rank(), self.mesh.size()):
+                yield batch[start - first : stop - first] + partners[start - first : stop - first]
+
+    def _prepared(self, items: list[Any], number: int) -> _Part:
+        """Items of pass `number` as tensors on the device, augmented."""
+        size, accumulate = self.config.batch_size, self.config.accumulate
+        first, stop = list(micro_batches(0, size, accumulate, self.mesh.get_local_rank(), self.mesh.size()))[number]
+        found: list[Any] = []
+        for half in (items[: stop - first], items[stop - first :]):
+            if not half:
+                found.append(None)
+                continue
+            batch = map_tensors(lambda tensor: tensor.to(self.processes.device), _collate(half))
+            if self.augmentation.changes_images:
+                batch[0] = self.augmentation.images(batch[0], self.step, size, first)
+            found.append(batch)
+        return _Part(*found)
+
+    def _loss(self, part: _Part, mixing: float) -> torch.Tensor:
+        inputs, targets = part.batch
+        if part.partners is not None:
+            inputs = map_tensors(lambda tensor: mixing * tensor, inputs)
+            inputs = inputs + map_tensors(lambda tensor: (1 - mixing) * tensor, part.partners[0])
+        with self._autocast():
+            outputs = self.replica(inputs)
+            loss = self.loss(outputs, targets)
+            if part.partners is not None:
+                loss = mixing * loss + (1 - mixing) * self.loss(outputs, part.partners[1])
+        return loss
+
+    def _autocast(self) -> Any:
+        return torch.autocast(self.processes.device.type, torch.bfloat16, enabled=self.config.precision == "bf16")
+
+    def _averaged(self) -> contextlib.AbstractContextManager[None]:
+        return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+
+def with_label_smoothing(loss: LossFunction, smoothing: float) -> LossFunction:
+    """Cross-entropy with label smoothing (Szegedy et al., 2016); ValueError for another loss, unless `smoothing` is 0."""
+    if smoothing == 0:
+        return loss
+    if isinstance(loss, nn.CrossEntropyLoss):
+        smooth = copy.copy(loss)
+        smooth.label_smoothing = smoothing
+        return smooth
+    function = loss.func if isinstance(loss, partial) else loss
+    if is_classification(loss) and function is F.cross_entropy:
+        return partial(loss, label_smoothing=smoothing)  # type: ignore[call-arg]  # cross-entropy takes it
+    raise ValueError(f"--label-smoothing {smoothing}: the task's loss is not torch's cross-entropy")
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _collate(items: list[Any]) -> Any:
+    return torch.utils.data.default_collate(items)
