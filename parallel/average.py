@@ -4,6 +4,7 @@ import contextlib
 from collections.abc import Iterator, Mapping
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 class WeightAverage:
@@ -21,18 +22,22 @@ class WeightAverage:
     def update(self, count: int) -> None:
         """Take in the current values, which are those after `count` steps."""
         decay = min(self.decay, (1 + count) / (10 + count))
-        torch._foreach_lerp_(list(self.tensors.values()), list(self._live.values()), 1 - decay)
+        torch._foreach_lerp_(_own(self.tensors), _own(self._live), 1 - decay)
 
     @contextlib.contextmanager
     def in_place(self) -> Iterator[None]:
         """The model has the average's weights inside."""
-        before = {name: tensor.clone() for name, tensor in self._live.items()}
+        live = _own(self._live)
+        before = [tensor.clone() for tensor in live]
         with torch.no_grad():
-            for name, tensor in self._live.items():
-                tensor.copy_(self.tensors[name])
+            torch._foreach_copy_(live, _own(self.tensors))
         try:
             yield
         finally:
             with torch.no_grad():
-                for name, tensor in self._live.items():
-                    tensor.copy_(before[name])
+                torch._foreach_copy_(live, before)
+
+
+def _own(tensors: Mapping[str, torch.Tensor]) -> list[torch.Tensor]:
+    """This rank's parts, which change with the whole."""
+    return [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors.values()]

@@ -116,11 +116,11 @@ def _checkpointed(block: nn.Module) -> Any:
 def _remembering_nothing(block: nn.Module) -> Iterator[None]:
     """Batch norms inside leave their running moments alone: the first pass has seen to them."""
     norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [module.track_running_stats for module in norms]
+    before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
     for module in norms:
-        module.track_running_stats = False
+        module.momentum, module.num_batches_tracked = 0.0, None
     try:
         yield
     finally:
-        for module, tracks in zip(norms, before, strict=True):
-            module.track_running_stats = tracks
+        for module, momentum, count in before:
+            module.momentum, module.num_batches_tracked = momentum, count

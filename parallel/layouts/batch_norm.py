@@ -45,11 +45,15 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     @torch.no_grad()
     def _remember(self, mean: torch.Tensor, variance: torch.Tensor, count: float) -> None:
-        assert isinstance(self.num_batches_tracked, torch.Tensor)
         assert self.running_mean is not None
         assert self.running_var is not None
-        self.num_batches_tracked.add_(1)
-        momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+        batches = self.num_batches_tracked
+        if batches is not None:
+            batches.add_(1)
+        momentum = self.momentum
+        if momentum is None:
+            assert batches is not None
+            momentum = 1 / float(batches)
         self.running_mean.lerp_(mean.to(self.running_mean), momentum)
         self.running_var.lerp_((variance * count / max(count - 1, 1)).to(self.running_var), momentum)
 

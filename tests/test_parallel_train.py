@@ -1,0 +1,307 @@
+"""The trainer on several ranks against one process, in float64, and through kills, rollbacks and changes of the world."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from torch import distributed, nn
+from torch.distributed import HashStore
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+import hessian
+from parallel.checkpoint import Checkpoints
+from parallel.processes import Processes, joined
+from parallel.replica import whole
+from parallel.run_state import numbers_of, restore, tensors_of
+from parallel.train import train
+from parallel.train_options import Config, parse, read_toml
+from parallel.trainer import Trainer
+from tests.ranks import run_on_ranks
+from tests.training_tasks import images, network, small
+
+CONFIGS = {
+    "plain": {},
+    "weight decay, accumulated": {"accumulate": 2, "weight_decay": 1e-2},
+    "augmented": {"mixup": 0.4, "flip": True, "shift": 2},
+    "adamw, averaged": {"optimizer": "adamw", "ema": 0.9, "learning_rate": 0.01},
+    "sharded": {"shard": True, "optimizer": "adamw", "clip": 0.1, "ema": 0.9},
+    "clipped, smooth": {"clip": 0.1, "label_smoothing": 0.1},
+    "recomputed": {"checkpoint_activations": True},
+}
+
+
+def trainer(**options):
+    processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
+    mesh = init_device_mesh("cpu", (processes.world_size,), mesh_dim_names=("batch",))
+    config = Config("small", **{"batch_size": 14, "steps": 6, "evaluate_every": 100} | options)
+    return Trainer(small(), config, processes, mesh)
+
+
+def outcome(one, steps=None):
+    """Losses, gradient norms and weights after some steps, and the evaluation."""
+    rows = []
+    for row in one.train():
+        rows.append([row["loss"], row["gradient_norm"]])
+        if one.step == steps:
+            break
+    evaluation = one.evaluate()
+    state = whole(one.replica.state())
+    if one.average is not None:
+        state |= {f"average.{name}": tensor for name, tensor in whole(one.average.tensors).items()}
+    return (
+        torch.tensor(rows, dtype=torch.float64),
+        state,
+        torch.tensor([evaluation.metric, evaluation.loss], dtype=torch.float64),
+    )
+
+
+def outcomes():
+    return {name: outcome(trainer(**options)) for name, options in CONFIGS.items()}
+
+
+def assert_same(found, expected):
+    torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[2], expected[2], rtol=1e-10, atol=1e-10)
+    assert found[1].keys() == expected[1].keys()
+    for name, tensor in found[1].items():
+        torch.testing.assert_close(
+            tensor, expected[1][name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.fixture(scope="module")
+def one_process():
+    with joined():
+        return outcomes()
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_many_ranks_train_as_one_process(one_process, ranks):
+    """Batches of 14 (and passes of 7) that do not divide evenly, batch norm, a data set that ends within a batch."""
+    for rank in run_on_ranks(outcomes, ranks):
+        for name, found in rank.items():
+            assert_same(found, one_process[name])
+
+
+def test_one_process_trains_as_a_plain_loop(one_process):
+    """Written with torch alone: the order, cross-entropy's mean, SGD with momentum and the schedule."""
+    model = network().train()
+    task = small()
+    optimizer = torch.optim.SGD(model.parameters(), 1.0, momentum=0.9)
+    from parallel.data_order import DataOrder
+
+    order, losses = DataOrder(29, 0), []
+    for step in range(6):
+        x, y = (torch.stack(parts) for parts in zip(*(task.train[index] for index in order.take(14 * step, 14)), strict=True))
+        loss = F.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.param_groups[0]["lr"] = 0.05 * (1.0 if step == 0 else 0.5 * (1 + math.cos(math.pi * (step - 1) / 5)))
+        optimizer.step()
+        losses.append(float(loss.detach()))
+    rows, state, _ = one_process["plain"]
+    torch.testing.assert_close(rows[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=0)
+    for name, tensor in model.state_dict().items():
+        torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+def test_options_matter(one_process):
+    plain = one_process["plain"][0]
+    for name in ("augmented", "adamw, averaged", "clipped, smooth"):
+        assert not torch.allclose(one_process[name][0], plain, rtol=1e-3)
+    torch.testing.assert_close(one_process["recomputed"][0], plain, rtol=1e-12, atol=0)
+
+
+CONTINUED = ("adamw, averaged", "sharded")
+
+
+def continued(folder, steps):
+    """From the newest checkpoints in `folder`, if any, to `steps`, and other checkpoints."""
+    found = {}
+    for name in CONTINUED:
+        one = trainer(**CONFIGS[name])
+        checkpoints = Checkpoints(Path(folder, name), keep=2)
+        for step in checkpoints.steps()[:1]:
+            restore(one, checkpoints, step)
+        found[name] = outcome(one, steps)
+        checkpoints.save(one.step, tensors_of(one), numbers_of(one))
+        checkpoints.finish()
+    return found
+
+
+def test_checkpoints_go_on_on_any_number_of_ranks(one_process, tmp_path):
+    found = [run_on_ranks(continued, 2, str(tmp_path), 2)[-1]]
+    with joined():
+        found.append(continued(str(tmp_path), 4))
+    found.append(run_on_ranks(continued, 4, str(tmp_path), 6)[-1])
+    for name in CONTINUED:
+        rows = torch.cat([part[name][0] for part in found])
+        assert_same((rows, *found[-1][name][1:]), one_process[name])
+        assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["step-00000004", "step-00000006"]
+
+
+def moments():
+    """Outputs, running moments, gradients and second derivatives of a global batch norm; examples divided 5 and 2."""
+    from parallel.layouts.batch_norm import globalize
+    from parallel.layouts.replicated import summed
+
+    torch.manual_seed(0)
+    x = torch.randn(7, 3, 4, dtype=torch.float64)
+    norm = nn.BatchNorm1d(3).double()
+    start, stop = [(0, 5), (5, 7)][distributed.get_rank()] if distributed.get_world_size() > 1 else (0, 7)
+    with torch.no_grad():
+        norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0]))
+    norm = globalize(norm, None) if distributed.get_world_size() > 1 else norm
+    own = x[start:stop].requires_grad_()
+    loss = summed((norm(own) ** 3).sum())
+    first = torch.autograd.grad(loss, own, retain_graph=True)[0]
+    gradients = torch.autograd.grad(loss, [own, norm.weight], create_graph=True)
+    second = torch.autograd.grad((gradients[0] * x[start:stop].detach().cos()).sum(), own)[0]
+    return first, gradients[0].detach(), second, norm.running_mean, norm.running_var
+
+
+def test_global_batch_norm_can_be_differentiated_twice():
+    with joined():
+        expected = moments()
+    found = run_on_ranks(moments, 2)
+    for index in range(3):
+        torch.testing.assert_close(torch.cat([rank[index] for rank in found]), expected[index], rtol=1e-10, atol=1e-10)
+    for index in (3, 4):
+        torch.testing.assert_close(found[1][index], expected[index], rtol=1e-12, atol=1e-12)
+
+
+def test_a_loss_that_is_not_finite_rolls_back(tmp_path):
+    with joined() as processes:
+        config = Config(
+            "tests.training_tasks:small", tmp_path, steps=9, batch_size=14, learning_rate=1e300, checkpoint_every=4, warmup=0.9
+        )
+        with pytest.raises(ArithmeticError, match="5 times after going back to step 0 with half the learning rate"):
+            train(config, processes)
+
+
+def test_a_run_writes_what_it_did_and_resumes(tmp_path):
+    with joined() as processes:
+        options = {"steps": 5, "batch_size": 14, "checkpoint_every": 2, "ema": 0.5}
+        config = Config("tests.training_tasks:with_dropout", tmp_path / "whole", **options)
+        report = train(config, processes)
+        with pytest.raises(ValueError, match=r"already holds .*add --resume or --force"):
+            train(config, processes)
+    lines = [json.loads(line) for line in (tmp_path / "whole/metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert [line["examples"] for line in lines] == [14, 28, 42, 56, 70]
+    assert all(line.keys() >= {"loss", "learning_rate", "batch_size"} for line in lines)
+    assert json.loads((tmp_path / "whole/report.json").read_text()) == report
+    task = hessian.load_task("tests.training_tasks:small", tmp_path / "whole/model.safetensors")
+    assert float(task.metric(task.model.eval()(images()[0][29:]), images()[1][29:])) == report["evaluation"]["metric"]
+    assert "<svg" in (tmp_path / "whole/report.html").read_text()
+
+
+def launch(arguments, marker, restarts):
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node=2",
+        f"--max-restarts={restarts}",
+    ]
+    environment = os.environ | {"TROUBLE_MARKER": str(marker), "OMP_NUM_THREADS": "1"}
+    command += ["-m", "parallel.train", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=120, check=False)
+
+
+def undisturbed(folder):
+    processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
+    train(Config("tests.training_tasks:with_dropout", folder, steps=16, batch_size=14, checkpoint_every=4), processes)
+
+
+def test_a_killed_rank_leaves_no_trace(tmp_path):
+    """kill -9 of rank 1 in step 10, restarted by torchrun: the losses and the weights are bit for bit those without."""
+    options = ["--steps", "16", "--batch-size", "14", "--checkpoint-every", "4"]
+    marker = tmp_path / "marker"
+    disturbed = launch(["tests.training_tasks:killed_once", "--out", str(tmp_path / "a"), *options, "--json"], marker, 2)
+    assert disturbed.returncode == 0, disturbed.stderr
+    assert marker.exists()
+    report = json.loads(disturbed.stdout)
+    assert report["resumed_at"] in (4, 8)
+    run_on_ranks(undisturbed, 2, tmp_path / "b")
+    one, other = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in "ab")
+    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+def test_a_hanging_rank_is_named(tmp_path):
+    options = ["--out", str(tmp_path / "a"), "--steps", "16", "--batch-size", "14", "--timeout", "3"]
+    result = launch(["tests.training_tasks:hanging", *options], tmp_path / "marker", 0)
+    assert result.returncode != 0
+    assert "error: others wait for rank 1 (" in result.stderr
+    assert "stopped in step 9 while loading data" in result.stderr
+
+
+def differing():
+    processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
+    with pytest.raises(ValueError, match="rank 1 has seed = 1, rank 0 0: start all ranks alike"):
+        processes.agree(Config("x", seed=processes.rank).to_dict())
+    return True
+
+
+def test_ranks_that_disagree_are_told_the_field():
+    assert run_on_ranks(differing, 2) == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"batch_size": 30}, "--batch-size 30: the training data has 29 examples"),
+        ({"batch_size": 0}, "--batch-size 0: give a positive number"),
+        ({"accumulate": 3, "batch_size": 14}, "--accumulate 3 does not divide --batch-size 14"),
+        ({"momentum": 1.0}, "--momentum 1.0: give a number from 0 to below 1"),
+        ({"steps": 1, "epochs": 1.0}, "give one of them"),
+        ({"optimizer": "sdg"}, "choose one of sgd, adamw"),
+    ],
+)
+def test_bad_options(options, message, tmp_path):
+    with joined() as processes, pytest.raises(ValueError, match=message):
+        train(Config("tests.training_tasks:small", tmp_path, **options), processes)
+
+
+def test_a_checkpoint_of_another_run_is_refused(tmp_path):
+    with joined() as processes:
+        config = Config("tests.training_tasks:small", tmp_path, steps=1, batch_size=14)
+        train(config, processes)
+        with pytest.raises(ValueError, match="made with --batch-size 14, this run has 7"):
+            train(Config("tests.training_tasks:small", tmp_path, steps=2, batch_size=7, resume=True), processes)
+        with pytest.raises(ValueError, match="is of task .small., this is"):
+            train(Config("digits-resnet20", tmp_path, steps=2, batch_size=14, resume=True), processes)
+
+
+def test_a_folder_that_cannot_be_written_is_noticed_first(tmp_path):
+    (tmp_path / "file").write_text("")
+    with joined() as processes, pytest.raises(ValueError, match="cannot be written to"):
+        train(Config("tests.training_tasks:small", tmp_path / "file", steps=1, batch_size=14), processes)
+
+
+def test_half_an_environment(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ValueError, match=r"has RANK but not WORLD_SIZE, MASTER_ADDR, MASTER_PORT: start with"), joined():
+        pass
+
+
+def test_command_line_and_file_say_the_same(tmp_path):
+    file = tmp_path / "run.toml"
+    file.write_text('task = "digits-resnet20"\nbatch-size = 32\nema = 0.9\nflip = true\nepochs = 2\nout = "x"\n')
+    config = parse(["--config", str(file), "--batch-size", "16", "--no-flip"])
+    assert config == Config("digits-resnet20", Path("x"), batch_size=16, ema=0.9, flip=False, epochs=2.0)
+    file.write_text("batch-sizes = 3")
+    with pytest.raises(ValueError, match="there is no option 'batch-sizes'"):
+        read_toml(file)
+    file.write_text('seed = "three"')
+    with pytest.raises(ValueError, match="seed = 'three' is not of type int"):
+        read_toml(file)
