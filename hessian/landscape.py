@@ -236,8 +236,12 @@ def _restored(parameters: Any) -> Iterator[list[torch.Tensor]]:
 
 def _loss(objective: Objective) -> float:
     """The data set's loss where the parameters now are, finite or not."""
-    with objective.undisturbed(), torch.no_grad():
-        return sum(
-            weight * float(objective.loss(objective.outputs(batch), objective.targets(batch)))
-            for batch, weight in objective.weighted_batches()
-        )
+
+    def own() -> float:
+        with objective.undisturbed(), torch.no_grad():
+            return sum(
+                weight * float(objective.loss(objective.outputs(batch), objective.targets(batch)))
+                for batch, weight in objective.own_batches()
+            )
+
+    return sum(objective.gathered(own))

@@ -4,9 +4,9 @@ import contextlib
 import copy
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, Self, TypeVar
 from unittest import mock
 
 import torch
@@ -15,6 +15,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
+
+from hessian.space import VectorSpace
+
+_Value = TypeVar("_Value")
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 Data = Iterable[Any]
@@ -144,11 +148,40 @@ class Objective:
 
     def weighted_batches(self) -> Iterator[tuple[Any, float]]:
         """Batches with weights that sum to one (or all 1 for a loss that sums)."""
+        return self.own_batches()
+
+    def own_batches(self) -> Iterator[tuple[Any, float]]:
+        """This process's part of `weighted_batches`, which is all of them here: sums over them are this process's part of the
+        whole, to be added up by `total` or `gathered` (see `hessian.split_data`)."""
         total = self.total_weight()
         for batch in self.batches():
             weight = self.weight(batch)
             if weight > 0:
                 yield batch, weight / total
+
+    def total(
+        self,
+        compute: Callable[[], torch.Tensor],
+        shape: Sequence[int],  # noqa: ARG002  # for processes whose part fails
+        dtype: torch.dtype,  # noqa: ARG002
+        expected: type[Exception] | None = None,  # noqa: ARG002
+    ) -> torch.Tensor:
+        """The sum of what `compute` returns, of `shape` and `dtype`, over all processes that hold data; here there is one."""
+        return compute()
+
+    def gathered(self, compute: Callable[[], _Value]) -> list[_Value]:
+        """What `compute` returns on every process that holds data; here there is one."""
+        return [compute()]
+
+    def space(self, size: int, dtype: torch.dtype, device: torch.device) -> VectorSpace:
+        """The space of vectors in the parameters of an operator of this objective."""
+        return VectorSpace(size, dtype, device)
+
+    def over(self, data: Data, micro_batch: int | None = None) -> Self:
+        """The same loss of the same model over other data."""
+        other = copy.copy(self)
+        other.data, other.micro_batch, other._total_weight = data, micro_batch, None
+        return other
 
     @contextlib.contextmanager
     def undisturbed(self) -> Iterator[None]:

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessian.objective import Objective, count_examples
+from hessian.objective import count_examples
 from hessian.operators.base import LinearOperator
 from hessian.operators.curvature import CurvatureOperator
 from hessian.operators.hessian import Hessian
@@ -122,7 +122,8 @@ def _under_other_random_numbers(A: LinearOperator, vectors: torch.Tensor) -> tor
 
 def _finite_differences(A: Hessian, vector: torch.Tensor, product: torch.Tensor) -> Check:
     """Directional derivative of the gradient along the product's own direction, where it is largest."""
-    direction = product / product.norm() if bool(product.any()) else vector
+    length = float(A.space.norms(product.unsqueeze(0))[0])
+    direction = product / length if length else vector
     expected, found = A @ direction, A.difference_product(direction)
     return _check(
         "finite differences",
@@ -137,12 +138,12 @@ def _batch_invariance(A: CurvatureOperator) -> Check:
     """The loss and gradient of the data against those of the same data in batches of about half the size."""
     objective = A.objective
     name, remedy = "batch invariance", "the loss of the data depends on how they are cut into batches"
-    largest = max(count_examples(batch) for batch in objective.batches())
+    largest = max(objective.gathered(lambda: max(map(count_examples, objective.batches()), default=0)))
     if largest < 2:
         return Check(name, True, 0.0, 0.0, "one example a batch: nothing to cut")
     try:
         value, gradient = A.loss_and_gradient()
-        other_value, other = A.anew(_cut(objective, -(-largest // 2))).loss_and_gradient()
+        other_value, other = A.anew(objective.over(objective.data, -(-largest // 2))).loss_and_gradient()
     except (RuntimeError, ValueError) as error:
         return Check(name, False, float("nan"), 0.0, f"a smaller batch fails: {str(error).splitlines()[0]}")
     training = [name for name, module in objective.model.named_modules() if _is_batch_norm(module) and module.training]
@@ -154,12 +155,6 @@ def _batch_invariance(A: CurvatureOperator) -> Check:
     off = float(A.space.norms((gradient - other).unsqueeze(0))[0]) / size
     off_value = abs(value - other_value) / abs(value) if value else abs(other_value)
     return _check(name, max(off, off_value), 10 * _ROUNDINGS * torch.finfo(A.dtype).eps, remedy)
-
-
-def _cut(objective: Objective, size: int) -> Objective:
-    return Objective(
-        objective.model, objective.loss, objective.data, forward=objective.forward, items=objective.items, micro_batch=size
-    )
 
 
 def _modes(model: nn.Module) -> Check:

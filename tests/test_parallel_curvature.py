@@ -6,6 +6,7 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import hessian
+from hessian import landscape
 from parallel import curvature
 from tests.ranks import run_on_ranks
 
@@ -37,7 +38,16 @@ def estimates(operator):
 
     top = hessian.top_eigenpairs(operator, 3, which="both", tol=1e-8, generator=generator())
     density = hessian.spectral_density(operator, 2, 12, generator=generator())
+    layers = [
+        hessian.layer_report(operator.objective, eigenvalues=True, generator=generator()),
+        hessian.layer_report(operator.objective, method="hutchinson", max_probes=32, channels=True, generator=generator()),
+    ]
+    line = landscape.line(operator.objective, direction=top.vectors[:, 0], num_points=5)
     return [
+        torch.tensor([[row.trace, row.trace_stderr] for report in layers for row in report.values()], dtype=torch.float64),
+        torch.tensor([row.top_eigenvalue for row in layers[0].values()], dtype=torch.float64),
+        torch.as_tensor(line.losses),
+        torch.tensor(float(hessian.verify(operator, generator=generator()).ok)),
         operator.to_dense(),
         operator.gradient(),
         torch.tensor(operator.loss_and_gradient()[0], dtype=torch.float64),

@@ -278,7 +278,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path):
         train(config, processes)
         with pytest.raises(ValueError, match="made with --batch-size 14, this run has 7"):
             train(Config("tests.training_tasks:small", tmp_path, steps=2, batch_size=7, resume=True), processes)
-        with pytest.raises(ValueError, match="is of task .small., this is"):
+        with pytest.raises(ValueError, match=r"is of task .small., this is"):
             train(Config("digits-resnet20", tmp_path, steps=2, batch_size=14, resume=True), processes)
 
 

@@ -17,7 +17,7 @@ from hessian.estimators.layer_gradients import LayerGradients, layer_gradients
 from hessian.estimators.per_example import is_vector, vector_gradients
 from hessian.objective import Objective
 from hessian.operators.base import NotExactError
-from hessian.parameters import requiring_grad
+from hessian.parameters import flatten, requiring_grad, unflatten
 from hessian.structure import WeightUse
 
 
@@ -29,10 +29,20 @@ def gauss_newton_diagonal(
     exact: of the Gauss-Newton matrix, one backward pass an output and batch; empirical: of the empirical Fisher matrix, one
     an item of an example.
     """
+    like = list(parameters.values())
+    size = sum(parameter.numel() for parameter in like)
+    whole = objective.total(lambda: _own_diagonal(objective, parameters, kind), (size,), like[0].dtype, NotExactError)
+    return dict(zip(parameters, unflatten(whole, like), strict=True))
+
+
+def _own_diagonal(
+    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Literal["exact", "empirical"]
+) -> torch.Tensor:
+    """The part of this process's data, (P,)."""
     diagonal = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     try:
         with requiring_grad(parameters), objective.undisturbed():
-            for part in layer_gradients(objective, parameters, kind, seed=0):
+            for part in layer_gradients(objective, parameters, kind, seed=0, own=True):
                 with torch.no_grad():
                     for name, use in part.uses.items():
                         squares = part.weight * _squares(part, use, parameters[name])
@@ -40,7 +50,7 @@ def gauss_newton_diagonal(
                 del part  # with it goes the batch's graph, before the next is made
     except ValueError as error:
         raise NotExactError(str(error)) from error
-    return diagonal
+    return flatten(list(diagonal.values())).detach()
 
 
 def _squares(part: LayerGradients, use: WeightUse, parameter: nn.Parameter) -> torch.Tensor:

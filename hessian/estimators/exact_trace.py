@@ -47,10 +47,24 @@ def exact_traces(
     Of the Hessian, which takes outputs that are piecewise linear in the parameter; or of the Gauss-Newton matrix, which does
     not. Call it where the parameters require gradients, inside `Objective.undisturbed`.
     """
+    parts = objective.gathered(lambda: _own_traces(objective, parameters, gauss_newton=gauss_newton, progress=progress))
+    reasons: dict[str, str] = {}
+    for part in parts:
+        reasons |= {name: reason for name, reason in part.reasons.items() if name not in part.many_outputs}
+    drawable = list(dict.fromkeys(name for part in parts for name in part.many_outputs if name not in reasons))
+    reasons |= dict.fromkeys(drawable, f"there are more than {MAX_OUTPUTS} outputs an example")
+    traces = {name: sum(part.traces[name] for part in parts) for name in parameters if name not in reasons}
+    return ExactTraces(traces, reasons, drawable)
+
+
+def _own_traces(
+    objective: Objective, parameters: Mapping[str, nn.Parameter], *, gauss_newton: bool, progress: bool
+) -> ExactTraces:
+    """The part of this process's data."""
     traces = dict.fromkeys(parameters, 0.0)
     reasons: dict[str, str] = {}
     many = dict.fromkeys(parameters, False)
-    for batch, weight in tqdm(objective.weighted_batches(), desc="traces", unit="batch", disable=not progress):
+    for batch, weight in tqdm(objective.own_batches(), desc="traces", unit="batch", disable=not progress):
         left = {name: parameter for name, parameter in parameters.items() if name not in reasons}
         try:
             found = _batch_traces(objective, batch, left, gauss_newton=gauss_newton)
@@ -63,7 +77,6 @@ def exact_traces(
         if len(reasons) == len(parameters):
             break
     drawable = [name for name, is_one in many.items() if is_one and name not in reasons]
-    reasons |= dict.fromkeys(drawable, f"there are more than {MAX_OUTPUTS} outputs an example")
     return ExactTraces({name: trace for name, trace in traces.items() if name not in reasons}, reasons, drawable)
 
 

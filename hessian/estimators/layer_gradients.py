@@ -41,21 +41,31 @@ class LayerGradients:
 
 
 def layer_gradients(
-    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Kind, seed: int, *, draws: int = 1
+    objective: Objective, parameters: Mapping[str, nn.Parameter], kind: Kind, seed: int, *, draws: int = 1, own: bool = False
 ) -> Iterator[LayerGradients]:
     """One pass over the data, batch by batch and as many cotangents (see `output_cotangents`) at a time as memory allows.
 
-    `draws`: how often to draw cotangents for each batch, where they are drawn. ValueError if a parameter's per-example
+    `draws`: how often to draw cotangents for each batch, where they are drawn. `own`: over this process's part of the data,
+    which the caller adds up; elsewhere that must be all. ValueError if a parameter's per-example
     gradients cannot be read, naming it and the reason.
     """
     generator = torch.Generator().manual_seed(seed)
-    for batch, weight in objective.weighted_batches():
+    for batch, weight in objective.own_batches() if own else objective.weighted_batches():
         yield from _of_batch(objective, parameters, kind, batch, weight, generator, draws)
 
 
 def unreadable(objective: Objective, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
     """The parameters whose per-example gradients cannot be read off the first batch's graph, and why."""
-    batch, _ = next(iter(objective.weighted_batches()))
+    found: dict[str, str] = {}
+    for reasons in objective.gathered(lambda: _unreadable(objective, parameters)):
+        found |= reasons
+    return found
+
+
+def _unreadable(objective: Objective, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
+    batch, _ = next(iter(objective.own_batches()), (None, 0.0))
+    if batch is None:
+        return {}
     outputs = objective.outputs(batch)
     if not isinstance(outputs, torch.Tensor) or outputs.dim() < 1 or not outputs.requires_grad:
         return dict.fromkeys(parameters, "the model's output is not one tensor, examples first, that depends on it")

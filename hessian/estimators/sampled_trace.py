@@ -54,9 +54,17 @@ def sampled_gauss_newton_traces(
 def _draw(objective: Objective, parameters: Mapping[str, nn.Parameter], seed: int) -> dict[str, torch.Tensor]:
     """The sums of squared per-example gradients over the data set, for each of _DRAWS draws: (draws,)."""
     totals = {name: torch.zeros(_DRAWS, dtype=torch.float64) for name in parameters}
+    for part in objective.gathered(lambda: _own_draw(objective, parameters, seed)):
+        for name, values in part.items():
+            totals[name] += values
+    return totals
+
+
+def _own_draw(objective: Objective, parameters: Mapping[str, nn.Parameter], seed: int) -> dict[str, torch.Tensor]:
+    totals = {name: torch.zeros(_DRAWS, dtype=torch.float64) for name in parameters}
     with requiring_grad(parameters), objective.undisturbed():
         start = 0
-        for part in layer_gradients(objective, parameters, "sampled", seed, draws=_DRAWS):
+        for part in layer_gradients(objective, parameters, "sampled", seed, draws=_DRAWS, own=True):
             start = 0 if part.is_first else start
             for name, use in part.uses.items():
                 norms = squared_gradient_norms(use, parameters[name], part.gradients[use.node], len(part.counted))

@@ -13,6 +13,7 @@ from hessian.objective import Data, LossFunction, Objective, count_examples, spl
 from hessian.operators.base import LinearOperator
 from hessian.parameters import Selection, flatten, requiring_grad, select_parameters, unflatten
 from hessian.second_backward import CheapSecondBackward
+from hessian.space import VectorSpace
 from hessian.structure import missing_derivative
 
 Tensors = dict[str, torch.Tensor]
@@ -79,6 +80,10 @@ class CurvatureOperator(LinearOperator):
         """The same by finite differences, for models without second derivatives."""
 
     @property
+    def space(self) -> VectorSpace:
+        return self.objective.space(self.shape[0], self.dtype, self.device)
+
+    @property
     def method(self) -> str:
         return "finite differences" if self._source.differences else "double backward"
 
@@ -95,11 +100,22 @@ class CurvatureOperator(LinearOperator):
 
     def loss_and_gradient(self) -> tuple[float, torch.Tensor]:
         """The data set's loss and its gradient, (P,)."""
+        value = 0.0
+
+        def compute() -> torch.Tensor:
+            nonlocal value
+            value, gradient = self._own_loss_and_gradient()
+            return gradient
+
+        gradient = self.objective.total(compute, self.shape[:1], self.dtype)
+        return sum(self.objective.gathered(lambda: value)), gradient
+
+    def _own_loss_and_gradient(self) -> tuple[float, torch.Tensor]:
         parameters = list(self.parameters.values())
         gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
         value = 0.0
         with requiring_grad(self.parameters), self.objective.undisturbed():
-            for batch, weight in self.objective.weighted_batches():
+            for batch, weight in self.objective.own_batches():
                 loss = self.objective.batch_loss(self.objective.outputs(batch), batch)
                 value += weight * float(loss.detach())
                 if not loss.requires_grad:
@@ -136,10 +152,13 @@ class CurvatureOperator(LinearOperator):
 
     def _products(self, rows: torch.Tensor) -> torch.Tensor:
         """Products with (K, P) rows; NoSecondDerivativeError where a derivative is missing."""
+        return self.objective.total(lambda: self._own_products(rows), rows.shape, self.dtype, NoSecondDerivativeError)
+
+    def _own_products(self, rows: torch.Tensor) -> torch.Tensor:
         parameters = list(self.parameters.values())
         products = torch.zeros_like(rows)
         with requiring_grad(self._source.parameters), self.objective.undisturbed(), CheapSecondBackward():
-            for batch, weight in self.objective.weighted_batches():
+            for batch, weight in self.objective.own_batches():
                 multiply = self._multiplier(batch)
                 for row, total in zip(rows, products, strict=True):
                     directions = dict(zip(self.parameters, unflatten(row, parameters), strict=True))
@@ -172,8 +191,15 @@ class CurvatureOperator(LinearOperator):
         """Once, before the first product: MemoryError with the batch size that fits, where one batch is too much."""
         if self._source.fits:
             return
-        batch = next(iter(self.objective.batches()))
-        examples = count_examples(batch)
+        excess = next(filter(None, self.objective.gathered(self._excess)), None)
+        if excess:
+            raise MemoryError(excess)
+        self._source.fits = True
+
+    def _excess(self) -> str:
+        """What is wrong with the size of the first batch; empty if nothing is."""
+        batch = next(iter(self.objective.batches()), None)
+        examples = 0 if batch is None else count_examples(batch)
         tensors = [*self.objective.model.parameters(), *self.objective.model.buffers(), *tensors_of(batch)]
         excluded = {tensor.untyped_storage().data_ptr() for tensor in tensors}
 
@@ -181,16 +207,15 @@ class CurvatureOperator(LinearOperator):
             piece = next(iter(split_batch(batch, size)))
             return saved_bytes(lambda: self.objective.outputs(piece), excluded)
 
-        self._source.fits = True
         if examples > 2:
             try:
                 with requiring_grad(self._source.parameters), self.objective.undisturbed():
                     check_fits(measure, examples, self.device, "use micro_batch={size}, or smaller batches")
-            except MemoryError:
-                self._source.fits = False
-                raise
+            except MemoryError as error:
+                return str(error)
             except Exception:  # a model that takes no smaller batch cannot be measured; its own errors come where they belong
-                return
+                return ""
+        return ""
 
 
 class _Source:

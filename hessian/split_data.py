@@ -1,0 +1,124 @@
+r"""The loss over data of which every process of a group has a part.
+
+.. math:: L(\theta) = \sum_r \sum_b \frac{w_{rb}}{\sum w} \, \ell(f_\theta(x_{rb}), y_{rb})
+
+Whatever is a sum over batches is computed from this process's part and added up over all, one reduction a block of products;
+random vectors are the first process's, so that every process takes the same decisions and gets the same results.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import distributed
+from torch.distributed import ProcessGroup
+
+from hessian.objective import Data, LossFunction, Objective
+from hessian.space import Distribution, VectorSpace
+
+_Value = TypeVar("_Value")
+
+
+class SharedSpace(VectorSpace):
+    """Vectors of which every process of `group` has a copy."""
+
+    def __init__(self, size: int, dtype: torch.dtype, device: torch.device, group: ProcessGroup | None) -> None:
+        super().__init__(size, dtype, device)
+        self.group = group
+
+    def random(
+        self, count: int, distribution: Distribution = "rademacher", generator: torch.Generator | None = None
+    ) -> torch.Tensor:
+        """As `VectorSpace.random`, the first process's on every one; generators advance on all of them."""
+        rows = super().random(count, distribution, generator)
+        distributed.broadcast(rows, group=self.group, group_src=0)
+        return rows
+
+
+class SplitObjective(Objective):
+    """An Objective over all processes' data; `data` is this process's part, of any size, none included.
+
+    group: the processes that have parts, None for all. Collective: every process must make it, and do the same with it. An
+    error in one process's part is raised on all.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        loss: LossFunction,
+        data: Data,
+        *,
+        group: ProcessGroup | None = None,
+        forward: Callable[[torch.nn.Module, Any], Any] | None = None,
+        items: Callable[[Any], float] | None = None,
+        micro_batch: int | None = None,
+    ) -> None:
+        super().__init__(model, loss, data, forward=forward, items=items, micro_batch=micro_batch)
+        self.group = group
+        self.total_weight()  # now, on every process, so that errors in the data come at once
+
+    def total_weight(self) -> float:
+        """The sum of all processes' batch weights, found once; 1 for a loss that sums."""
+        if self._total_weight is None:
+            weights = self.gathered(lambda: sum(self.weight(batch) for batch in self.batches()))
+            self._total_weight = 1.0 if self.is_sum else sum(weights)
+            if self._total_weight <= 0:
+                raise ValueError("no item of the data counts on any rank: batches are empty, or the loss ignores every target")
+        return self._total_weight
+
+    def batches(self) -> Iterator[Any]:
+        """This process's batches, of which there may be none."""
+        if next(iter(self.data), None) is not None:
+            yield from super().batches()
+
+    def weighted_batches(self) -> Iterator[tuple[Any, float]]:
+        """TypeError: what knows nothing of other processes would take this one's part for the whole."""
+        raise TypeError("this needs all data in one process: pass an Objective, not a SplitObjective")
+
+    def space(self, size: int, dtype: torch.dtype, device: torch.device) -> VectorSpace:
+        """Every process has whole vectors."""
+        return SharedSpace(size, dtype, device, self.group)
+
+    def gathered(self, compute: Callable[[], _Value]) -> list[_Value]:
+        """What `compute` returns on every process, in the order of ranks. Small, picklable values."""
+        value, failure = None, None
+        try:
+            value = compute()
+        except Exception as error:
+            failure = error
+        everybody: list[Any] = [None] * distributed.get_world_size(self.group)
+        distributed.all_gather_object(everybody, (value, None if failure is None else str(failure)), group=self.group)
+        if failure is not None:
+            raise failure
+        for rank, (_, text) in enumerate(everybody):
+            if text is not None:
+                raise RuntimeError(f"rank {rank} failed: {text}")
+        return [found for found, _ in everybody]
+
+    def total(
+        self,
+        compute: Callable[[], torch.Tensor],
+        shape: Sequence[int],
+        dtype: torch.dtype,
+        expected: type[Exception] | None = None,
+    ) -> torch.Tensor:
+        """The sum of what `compute` returns over all processes, by one reduction that tells errors, too: `expected` is raised
+        as itself on all, others as RuntimeError where they did not happen."""
+        failure: Exception | None = None
+        result = torch.zeros(tuple(shape), dtype=dtype, device=self.device)
+        try:
+            result = compute()
+        except Exception as error:
+            failure = error
+        is_expected = expected is not None and isinstance(failure, expected)
+        flags = result.new_tensor([float(is_expected), float(failure is not None and not is_expected)])
+        packed = torch.cat([result.reshape(-1), flags])
+        distributed.all_reduce(packed, group=self.group)
+        found_expected, found_other = (packed[-2:] > 0).tolist()
+        if failure is not None and (not found_other or not is_expected):
+            raise failure
+        if found_other:
+            raise RuntimeError("the computation failed on another rank, whose own message says why")
+        if found_expected and expected is not None:
+            raise expected("found on another rank")
+        return packed[:-2].reshape(tuple(shape))
