@@ -64,6 +64,18 @@ class VectorSpace:
             rows *= scale.to(rows)[:, None]
         return rows
 
+    def least(self, number: float) -> float:
+        """The least of all processes' numbers, where they must decide alike."""
+        return number
+
+    def part(self, rows: torch.Tensor) -> torch.Tensor:
+        """This process's entries of whole rows, (K, P) to (K, local_size)."""
+        return rows
+
+    def whole(self, rows: torch.Tensor) -> torch.Tensor:
+        """The inverse of `part`; every process that holds parts must call it."""
+        return rows
+
     def reduce(self, numbers: torch.Tensor) -> torch.Tensor:
         """Sums over all processes that hold parts of the vectors; here there is one."""
         return numbers

@@ -34,6 +34,16 @@ class SharedSpace(VectorSpace):
         distributed.broadcast(rows, group=self.group, group_src=0)
         return rows
 
+    def least(self, number: float) -> float:
+        return least_of_all(number, self.device, self.group)
+
+
+def least_of_all(number: float, device: torch.device, group: ProcessGroup | None) -> float:
+    """The least of all processes' numbers."""
+    found = torch.tensor(number, dtype=torch.float64, device=device)
+    distributed.all_reduce(found, distributed.ReduceOp.MIN, group=group)
+    return float(found)
+
 
 class SplitObjective(Objective):
     """An Objective over all processes' data; `data` is this process's part, of any size, none included.

@@ -22,7 +22,7 @@ from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from parallel.checkpoint import Checkpoints, check_space
 from parallel.metrics import Metrics
-from parallel.processes import Processes, RankLostError, joined
+from parallel.processes import Processes, RankLostError, joined, leave
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config, parse
@@ -247,4 +247,4 @@ def run(config: Config, stdout: TextIO) -> int:
 
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(run(parsed, reserve_stdout()))
+    leave(run(parsed, reserve_stdout()))

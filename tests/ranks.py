@@ -7,6 +7,8 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
+from parallel.processes import leave
+
 
 def _worker(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
@@ -14,8 +16,10 @@ def _worker(rank, world_size, folder, function, arguments):
     try:
         result = function(*arguments)
         Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()
+    leave(0)
 
 
 def run_on_ranks(function, world_size, *arguments):

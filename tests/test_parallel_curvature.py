@@ -3,6 +3,9 @@
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 import hessian
@@ -96,6 +99,85 @@ def test_estimates_equal_those_of_one_process(ranks):
         assert all(
             torch.equal(one, other) for left, right in zip(results[0], result, strict=True) for one, other in zip(left, right)
         )
+
+
+def sharded_model(kind):
+    """The smooth network, sharded, and this rank's data."""
+    smooth, _, x, _, targets = problem()
+    mesh = init_device_mesh("cpu", (distributed.get_world_size(),))
+    if kind == "fsdp":
+        for module in (smooth[0], smooth):
+            fully_shard(module, mesh=mesh)
+        return smooth, part(x, targets)
+    if kind == "tensor":
+        return parallelize_module(smooth, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()}), (x[:9], targets[:9])
+    return smooth, part(x, targets)
+
+
+def estimates_in_parts(operator):
+    """As those of `estimates`, of an operator whose vectors may be in parts, gathered."""
+
+    def generator():
+        return torch.Generator().manual_seed(3)
+
+    top = hessian.top_eigenpairs(operator, 3, which="both", tol=1e-8, generator=generator())
+    density = hessian.spectral_density(operator, 2, 12, generator=generator())
+    trace = hessian.trace(operator, method="hutchinson", max_matvecs=40, generator=generator())
+    first = top.full_vectors()[:, 0]
+    return [
+        operator.to_dense(),
+        operator.space.whole(operator.gradient()[None])[0],
+        top.values,
+        torch.outer(first, first),
+        density.nodes,
+        density.weights,
+        torch.tensor(trace.value, dtype=torch.float64),
+        operator.block("2.*").to_dense(),
+        torch.tensor(float(hessian.verify(operator, generator=generator()).ok)),
+    ]
+
+
+def sharded_estimates():
+    found = []
+    for kind in ("fsdp", "tensor", "plain"):
+        model, data = sharded_model(kind)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        for make in (curvature.hessian, curvature.gauss_newton):
+            operator = make(model, IGNORED, data, **({"shard_vectors": True} if kind == "plain" else {}))
+            assert operator.space.local_size < operator.shape[0]
+            found.append(estimates_in_parts(operator))
+        assert all(bool((old == new).all()) for old, new in zip(before, model.parameters(), strict=True))
+    return found
+
+
+def test_sharded_models_and_vectors():
+    """FSDP2, tensor parallel and plain with sharded vectors, against one process; sizes that do not divide evenly."""
+    smooth, _, x, _, targets = problem()
+    data = (x[:9], targets[:9])
+    expected = [estimates_in_parts(kind(smooth, IGNORED, data)) for kind in (hessian.Hessian, hessian.GaussNewton)]
+    for found in run_on_ranks(sharded_estimates, 2):
+        for number, values in enumerate(found):
+            for one, other in zip(values, expected[number % 2], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+def stepped():
+    """The product of an FSDP2 model after a step of its optimizer."""
+    model, data = sharded_model("fsdp")
+    operator = curvature.hessian(model, IGNORED, data)
+    before = operator.to_dense()
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    x, targets = data[0]
+    (IGNORED(model(x), targets) * len(x)).backward()
+    optimizer.step()
+    again = curvature.hessian(model, IGNORED, data).to_dense()
+    return before, operator.to_dense(), again
+
+
+def test_products_see_the_parameters_as_they_are():
+    for before, after, again in run_on_ranks(stepped, 2):
+        assert torch.equal(after, again)
+        assert not torch.allclose(before, after)
 
 
 def test_one_process_needs_no_group():

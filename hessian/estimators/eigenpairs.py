@@ -12,6 +12,7 @@ from hessian.estimators.krylov_checkpoint import KrylovCheckpoint
 from hessian.estimators.lanczos import KrylovBasis
 from hessian.memory import available_bytes
 from hessian.operators.base import LinearOperator
+from hessian.space import VectorSpace
 from hessian.tables import Table
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
@@ -38,10 +39,11 @@ class Eigenpairs(Table):
     converged: torch.Tensor
     complete: bool
     num_matvecs: int
+    space: VectorSpace
 
     def full_vectors(self) -> torch.Tensor:
-        """The whole vectors, (P, k), where processes hold parts of them."""
-        return self.vectors
+        """The whole vectors, (P, k), where processes hold parts of them, all of which must call this."""
+        return self.space.whole(self.vectors.T).T
 
     def header(self) -> list[str]:
         return ["eigenvalue", "residual", "converged"]
@@ -309,7 +311,7 @@ class _Search:
             residuals = basis.space.norms(images - values.to(rows)[:, None] * rows)
         residuals = residuals.clamp(min=torch.finfo(basis.operator.dtype).eps * basis.scale)  # of the products themselves
         largest = self.values.abs().max() if len(self.values) else torch.tensor(0.0)
-        return Eigenpairs(values, rows.T, residuals, residuals <= self.tol * largest, self.complete, spent)
+        return Eigenpairs(values, rows.T, residuals, residuals <= self.tol * largest, self.complete, spent, self.basis.space)
 
 
 def _check(A: LinearOperator, k: int, which: str, tol: float) -> None:
@@ -353,5 +355,5 @@ def _capacity(
     free = available_bytes(torch.device(device or A.device))
     if free is not None:
         bytes_of_row = A.space.local_size * torch.empty(0, dtype=dtype or A.dtype).element_size()
-        wanted = min(wanted, int(_BASIS_SHARE * free // bytes_of_row))
+        wanted = min(wanted, int(A.space.least(_BASIS_SHARE * free // bytes_of_row)))
     return min(max(wanted, least), A.shape[0])

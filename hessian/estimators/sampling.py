@@ -173,6 +173,4 @@ def affordable_vectors(space: VectorSpace) -> int:
     """How many vectors an estimator may keep unasked: 4 GiB of them, or a quarter of the free memory if that is less."""
     free = available_bytes(space.device)
     room = _MOST_BYTES if free is None else min(_MOST_BYTES, free // 4)
-    count = room / max(1, space.local_size * space.dtype.itemsize)
-    total, processes = space.reduce(torch.tensor([count, 1.0], dtype=torch.float64)).tolist()
-    return int(total / processes)  # the same on all processes, which must draw the same number of probes
+    return int(space.least(room / max(1, space.local_size * space.dtype.itemsize)))

@@ -39,7 +39,7 @@ class LinearOperator(ABC):
     def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
         if not isinstance(vectors, torch.Tensor):
             raise TypeError(f"an operator multiplies torch tensors, not a {type(vectors).__name__}: use to_scipy() for NumPy")
-        size = self.shape[1]
+        size = self.space.local_size
         if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
             raise ValueError(f"a vector of shape {tuple(vectors.shape)} for an operator of size {size}: pass (P,) or (P, K)")
         if vectors.dtype != self.dtype or vectors.device != self.device:
@@ -88,11 +88,12 @@ class LinearOperator(ABC):
     def to_dense(self) -> torch.Tensor:
         """The (P, P) matrix, some columns at a time."""
         dense = torch.empty(self.shape, dtype=self.dtype, device=self.device)
+        space = self.space
         for start in range(0, self.shape[1], _DENSE_COLUMNS):
             stop = min(start + _DENSE_COLUMNS, self.shape[1])
             columns = torch.zeros(stop - start, self.shape[1], dtype=self.dtype, device=self.device)
             columns.diagonal(start).fill_(1)
-            dense[:, start:stop] = self @ columns.T
+            dense[:, start:stop] = space.whole(self.rows(space.part(columns))).T
         return dense
 
     def to_scipy(self, dtype: type = np.float64) -> ScipyOperator:

@@ -2,7 +2,7 @@
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -107,12 +107,12 @@ class CurvatureOperator(LinearOperator):
             value, gradient = self._own_loss_and_gradient()
             return gradient
 
-        gradient = self.objective.total(compute, self.shape[:1], self.dtype)
+        gradient = self.objective.total(compute, (self.space.local_size,), self.dtype)
         return sum(self.objective.gathered(lambda: value)), gradient
 
     def _own_loss_and_gradient(self) -> tuple[float, torch.Tensor]:
         parameters = list(self.parameters.values())
-        gradient = torch.zeros(self.shape[0], dtype=self.dtype, device=self.device)
+        gradient = torch.zeros(self.space.local_size, dtype=self.dtype, device=self.device)
         value = 0.0
         with requiring_grad(self.parameters), self.objective.undisturbed():
             for batch, weight in self.objective.own_batches():
@@ -121,7 +121,7 @@ class CurvatureOperator(LinearOperator):
                 if not loss.requires_grad:
                     raise ValueError("the loss depends on no selected parameter: forward or loss detach it or use no_grad")
                 parts = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
-                gradient.add_(flatten(parts), alpha=weight)
+                gradient.add_(self._row(parts), alpha=weight)
         return value, gradient
 
     def anew(self, objective: Objective | None = None) -> Self:
@@ -154,14 +154,25 @@ class CurvatureOperator(LinearOperator):
         """Products with (K, P) rows; NoSecondDerivativeError where a derivative is missing."""
         return self.objective.total(lambda: self._own_products(rows), rows.shape, self.dtype, NoSecondDerivativeError)
 
+    def _tensors(self, row: torch.Tensor) -> Tensors:
+        """A vector, as a tensor for each parameter."""
+        return dict(zip(self.parameters, unflatten(row, list(self.parameters.values())), strict=True))
+
+    def _row(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Tensors shaped like the parameters, as a vector."""
+        return flatten(tensors)
+
+    def _norm(self, tensors: Sequence[torch.Tensor]) -> float:
+        """The norm of tensors shaped like the parameters."""
+        return float(self.space.norms(self._row(tensors).unsqueeze(0))[0])
+
     def _own_products(self, rows: torch.Tensor) -> torch.Tensor:
-        parameters = list(self.parameters.values())
         products = torch.zeros_like(rows)
         with requiring_grad(self._source.parameters), self.objective.undisturbed(), CheapSecondBackward():
             for batch, weight in self.objective.own_batches():
                 multiply = self._multiplier(batch)
                 for row, total in zip(rows, products, strict=True):
-                    directions = dict(zip(self.parameters, unflatten(row, parameters), strict=True))
+                    directions = self._tensors(row)
                     try:
                         product = multiply(directions)
                     except (RuntimeError, NotImplementedError) as error:
@@ -169,7 +180,7 @@ class CurvatureOperator(LinearOperator):
                         if self._source.differences or not missing:
                             raise
                         raise NoSecondDerivativeError(f"no second derivative ({error})") from error
-                    total.add_(flatten([product[name] for name in self.parameters]), alpha=weight)
+                    total.add_(self._row([product[name] for name in self.parameters]), alpha=weight)
                 del multiply
         return products
 
@@ -263,7 +274,10 @@ def _versions(tensors: list[torch.Tensor]) -> list[int]:
 
 
 def central_difference(
-    evaluate: Callable[[], list[torch.Tensor]], parameters: Mapping[str, nn.Parameter], directions: Tensors
+    evaluate: Callable[[], list[torch.Tensor]],
+    parameters: Mapping[str, nn.Parameter],
+    directions: Tensors,
+    norm: Callable[[Sequence[torch.Tensor]], float] | None = None,
 ) -> list[torch.Tensor]:
     r"""The derivative of `evaluate` in a direction of the parameters, by central differences.
 
@@ -272,15 +286,17 @@ def central_difference(
 
     with the precision's epsilon: the step in parameter space depends neither on the direction's length nor, relatively, on
     the parameters' (Nocedal & Wright, section 8.1). It is shortened until two results in a row agree, or until rounding lets
-    them part again; the one before that counts. The parameters come back bit by bit.
+    them part again; the one before that counts. The parameters come back bit by bit. norm: of tensors taken together, where
+    processes hold parts of them.
     """
+    norm = norm or _norm
     moved = {name: parameters[name] for name in directions}
-    length = torch.stack([direction.double().norm() for direction in directions.values()]).norm()
+    length = norm(list(directions.values()))
     if length == 0:
         return [torch.zeros_like(tensor) for tensor in evaluate()]
-    size = torch.stack([parameter.detach().double().norm() for parameter in moved.values()]).norm()
+    size = norm([parameter.detach() for parameter in moved.values()])
     root = torch.finfo(next(iter(moved.values())).dtype).eps ** (1 / 3)
-    step = float(root * size.clamp(min=1.0) / length)
+    step = root * max(size, 1.0) / length
     originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
     best, least = [torch.zeros(())], float("inf")
     previous: list[torch.Tensor] | None = None
@@ -288,7 +304,8 @@ def central_difference(
         for _ in range(_SHORTEST_STEP):
             found = _difference_at(step, evaluate, moved, originals, directions)
             if previous is not None:
-                change = _relative_change(found, previous)
+                whole = norm(found)
+                change = norm([new - old for new, old in zip(found, previous, strict=True)]) / whole if whole else 0.0
                 if change < least:
                     best, least = found, change
                 if change <= _AGREEMENT * root or change > 2 * least:
@@ -313,11 +330,9 @@ def _difference_at(
     return [(above - below) / (2 * step) for above, below in zip(*results, strict=True)]
 
 
-def _relative_change(found: list[torch.Tensor], previous: list[torch.Tensor]) -> float:
-    pairs = zip(found, previous, strict=True)
-    change = torch.stack([(new - old).double().norm() for new, old in pairs]).norm()
-    size = torch.stack([tensor.double().norm() for tensor in found]).norm()
-    return float(change / size) if size else 0.0
+def _norm(tensors: Sequence[torch.Tensor]) -> float:
+    """The Euclidean norm of tensors taken together."""
+    return float(torch.stack([tensor.double().norm() for tensor in tensors]).norm())
 
 
 def as_objective(

@@ -10,7 +10,7 @@ from hessian.estimators.exact_diagonal import gauss_newton_diagonal
 from hessian.estimators.exact_trace import exact_traces
 from hessian.operators.base import NotExactError
 from hessian.operators.curvature import CurvatureOperator, Multiply, Tensors, central_difference, differentiable_twice
-from hessian.parameters import flatten, requiring_grad, unflatten
+from hessian.parameters import flatten, requiring_grad
 
 
 class Hessian(CurvatureOperator):
@@ -25,12 +25,12 @@ class Hessian(CurvatureOperator):
 
     def difference_product(self, vector: torch.Tensor) -> torch.Tensor:
         """H v by central differences of the gradient, (P,): slower and coarser than `@`, and independent of it."""
-        directions = dict(zip(self.parameters, unflatten(vector, list(self.parameters.values())), strict=True))
+        directions = self._tensors(vector)
 
         def gradient() -> list[torch.Tensor]:
-            return [self.gradient()]
+            return list(self._tensors(self.gradient()).values())
 
-        return central_difference(gradient, self.parameters, directions)[0]
+        return self._row(central_difference(gradient, self.parameters, directions, self._norm))
 
     def exact_trace(self) -> float:
         """The trace, where the outputs are piecewise linear in every parameter (one at a time); else NotExactError."""
