@@ -2,6 +2,7 @@
 
 import json
 import logging
+import os
 import sys
 import time
 import traceback
@@ -18,8 +19,10 @@ from hessian import figures, landscape
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.objective import Objective, batches_of, count_examples, split_batch
+from hessian.processes import Processes, joined, leave
 from hessian.report import Findings, render_html, summary
 from hessian.report_options import Options, Plan, ProductCost, parse
+from hessian.split_data import SplitObjective, own_parts
 from hessian.task import Task
 
 PICTURES = ("spectrum", "layers", "landscape_line", "landscape_contour", "convergence")
@@ -30,45 +33,50 @@ _Result = TypeVar("_Result")
 logger = logging.getLogger(__name__)
 
 
-def analyse(options: Options) -> Findings:
-    """Everything that the report says of one task."""
+def analyse(options: Options, processes: Processes) -> Findings:
+    """Everything that the report says of one task; under torchrun the examples are divided among the processes."""
     options.check()
     stages = _Stages(options.seed)
     task = hessian.load_task(options.task, options.weights)
-    task.model.to(torch.device(options.device))
+    task.model.to(processes.device)
+    processes.broadcast(task.model)
     plan = stages.run("plan", lambda _: choose_plan(options, task))
     logger.info("%s: %s", task.name, plan)
+    progress = processes.rank == 0
 
     data = list(draw(options, task, plan.examples))
-    objective = Objective(task.model, task.loss, data)
+    objective = _objective(task, data, processes)
     operator = hessian.Hessian(objective)
     shapes = {name: tuple(parameter.shape) for name, parameter in operator.parameters.items()}
 
     verification = stages.run("verification", lambda own: hessian.verify(operator, generator=own))
     loss, gradient = operator.loss_and_gradient()
     top = stages.run(
-        "eigenvalues", lambda own: hessian.top_eigenpairs(operator, plan.eigenvalues, generator=own, progress=True)
+        "eigenvalues", lambda own: hessian.top_eigenpairs(operator, plan.eigenvalues, generator=own, progress=progress)
     )
     spectrum = stages.run(
-        "density", lambda own: hessian.spectrum(operator, plan.probes, plan.steps, generator=own, progress=True)
+        "density", lambda own: hessian.spectrum(operator, plan.probes, plan.steps, generator=own, progress=progress)
     )
     trace = stages.run(
-        "trace", lambda own: hessian.trace(operator, max_matvecs=plan.layer_probes, generator=own, progress=True)
+        "trace", lambda own: hessian.trace(operator, max_matvecs=plan.layer_probes, generator=own, progress=progress)
     )
     layers = stages.run(
         "layers",
         lambda own: hessian.layer_report(
-            objective, eigenvalues=plan.layer_eigenvalues, max_probes=plan.layer_probes, generator=own, progress=True
+            objective, eigenvalues=plan.layer_eigenvalues, max_probes=plan.layer_probes, generator=own, progress=progress
         ),
     )
     line = plane = None
-    nearby = _first_examples(objective, _PLANE_EXAMPLES)
+    nearby = [next(iter(split_batch(data[0], _PLANE_EXAMPLES)))]
     if options.landscape:
-        line = stages.run("line", lambda _: landscape.line(objective, direction=top.vectors[:, 0], progress=True))
+        line = stages.run("line", lambda _: landscape.line(objective, direction=top.vectors[:, 0], progress=progress))
     if options.landscape and plan.eigenvalues >= 2:
         size = plan.plane_points
         plane = stages.run(
-            "plane", lambda _: landscape.plane(nearby, directions=top.vectors[:, :2], num_points=size, progress=True)
+            "plane",
+            lambda _: landscape.plane(
+                _objective(task, nearby, processes), directions=top.vectors[:, :2], num_points=size, progress=progress
+            ),
         )
     return Findings(
         task=task.name,
@@ -86,7 +94,7 @@ def analyse(options: Options) -> Findings:
         layers=layers,
         line=line,
         plane=plane,
-        plane_examples=sum(count_examples(batch) for batch in nearby.data),
+        plane_examples=count_examples(nearby[0]),
         seconds=stages.seconds,
     )
 
@@ -110,10 +118,11 @@ def choose_plan(options: Options, task: Task) -> Plan:
     return options.plan(available, operator.shape[0], len(operator.parameters), cost)
 
 
-def _first_examples(objective: Objective, size: int) -> Objective:
-    """The same loss over the first examples of the first batch."""
-    batch = next(iter(objective.data))
-    return Objective(objective.model, objective.loss, [next(iter(split_batch(batch, size)))])
+def _objective(task: Task, batches: list[Any], processes: Processes) -> Objective:
+    """The task's loss over the batches, of each of which every process takes its part."""
+    if processes.world_size == 1:
+        return Objective(task.model, task.loss, batches)
+    return SplitObjective(task.model, task.loss, own_parts(batches, processes.rank, processes.world_size))
 
 
 class _Stages:
@@ -168,19 +177,23 @@ def main(arguments: list[str] | None = None) -> int:
 def run(options: Options, stdout: TextIO) -> int:
     """Do what `options` say and print the result to `stdout`; the exit code."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hessian").setLevel(logging.INFO)
-    logger.setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.getLogger("hessian").setLevel(logging.INFO if is_first else logging.ERROR)
+    logger.setLevel(logging.INFO if is_first else logging.ERROR)
     try:
-        findings = analyse(options)
+        with joined(options.device, always=False) as processes:
+            findings = analyse(options, processes)
         text = json.dumps(findings.to_dict(), indent=1, allow_nan=False) + "\n"
-        write_outputs(options.out, findings, text)
+        if is_first:
+            write_outputs(options.out, findings, text)
     except KeyboardInterrupt as error:
         return _fail(options, error, 1, "interrupted: nothing was written")
     except (ValueError, TypeError, MemoryError, OSError, RuntimeError, ModuleNotFoundError) as error:
         return _fail(options, error, 2, str(error))
     except Exception as error:  # whatever else a user's network or data can raise: one line
         return _fail(options, error, 1, f"{type(error).__name__}: {error} (--debug shows where)")
-    write_result(stdout, text if options.json else summary(findings, options.out) + "\n")
+    if is_first:
+        write_result(stdout, text if options.json else summary(findings, options.out) + "\n")
     return 0
 
 
@@ -194,4 +207,4 @@ def _fail(options: Options, error: BaseException, code: int, message: str) -> in
 
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(run(parsed, reserve_stdout()))
+    leave(run(parsed, reserve_stdout()))

@@ -298,13 +298,14 @@ def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) ->
 
 def split_batch(batch: Any, size: int) -> Iterator[Any]:
     """The batch in pieces of `size` examples: tensors as long as the batch are cut, everything else is shared."""
+    for start in range(0, count_examples(batch), size):
+        yield take_examples(batch, slice(start, start + size))
+
+
+def take_examples(batch: Any, rows: slice) -> Any:
+    """Some examples of a batch: tensors as long as the batch are cut, everything else is shared."""
     count = count_examples(batch)
-
-    def cut(tensor: torch.Tensor, rows: slice) -> torch.Tensor:
-        return tensor[rows] if tensor.dim() and len(tensor) == count else tensor
-
-    for start in range(0, count, size):
-        yield map_tensors(partial(cut, rows=slice(start, start + size)), batch)
+    return map_tensors(lambda tensor: tensor[rows] if tensor.dim() and len(tensor) == count else tensor, batch)
 
 
 def _is_dataclass(value: Any) -> bool:

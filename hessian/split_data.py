@@ -6,14 +6,14 @@ Whatever is a sum over batches is computed from this process's part and added up
 random vectors are the first process's, so that every process takes the same decisions and gets the same results.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from hessian.objective import Data, LossFunction, Objective
+from hessian.objective import Data, LossFunction, Objective, count_examples, take_examples
 from hessian.space import Distribution, VectorSpace
 
 _Value = TypeVar("_Value")
@@ -36,6 +36,17 @@ class SharedSpace(VectorSpace):
 
     def least(self, number: float) -> float:
         return least_of_all(number, self.device, self.group)
+
+
+def own_parts(batches: Iterable[Any], rank: int, ranks: int) -> list[Any]:
+    """This process's examples of every batch; parts follow each other, differ by one example at most, and may be none."""
+    found = []
+    for batch in batches:
+        count = count_examples(batch)
+        start, stop = count * rank // ranks, count * (rank + 1) // ranks
+        if start < stop:
+            found.append(take_examples(batch, slice(start, stop)))
+    return found
 
 
 def least_of_all(number: float, device: torch.device, group: ProcessGroup | None) -> float:

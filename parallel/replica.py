@@ -6,7 +6,7 @@ from inspect import signature
 from typing import Any
 
 import torch
-from torch import distributed, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
@@ -22,7 +22,7 @@ _BUFFERS = (
 
 
 class Replica:
-    """A model whose gradients are summed over the ranks that share the batch. Collective.
+    """A model, the same on all ranks, whose gradients are summed over those that share the batch. Collective.
 
     sum_gradients: what a loss must be multiplied by so that gradients of all ranks add up.
     """
@@ -30,8 +30,6 @@ class Replica:
     def __init__(self, model: nn.Module, mesh: DeviceMesh, *, shard: bool = False, global_batch_norm: bool = True) -> None:
         group = mesh.get_group()
         ranks = mesh.size()
-        for tensor in model.state_dict(keep_vars=True).values():
-            distributed.broadcast(tensor.detach(), group=group, group_src=0)
         if ranks > 1 and global_batch_norm:
             model = globalize(model, group)
         self.model, self.sum_gradients = model, float(ranks)  # for DDP and FSDP2 divide the sum by the ranks

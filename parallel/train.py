@@ -20,9 +20,9 @@ from tqdm.auto import tqdm
 import hessian
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
+from hessian.processes import Processes, RankLostError, joined, leave
 from parallel.checkpoint import Checkpoints, check_space
 from parallel.metrics import Metrics
-from parallel.processes import Processes, RankLostError, joined, leave
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config, parse
@@ -136,6 +136,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         _check_folder(config, resuming)
     torch.manual_seed(config.seed)
     task = hessian.load_task(config.task, config.weights, pretrained=False)
+    processes.broadcast(task.model)
     mesh = init_device_mesh(processes.device.type, (processes.world_size,), mesh_dim_names=("batch",))
     trainer = Trainer(task, config, processes, mesh)
     if processes.rank == 0:

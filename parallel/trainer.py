@@ -15,12 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors
+from hessian.processes import Processes
 from hessian.task import Task
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
 from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
 from parallel.optimizers import OPTIMIZERS
-from parallel.processes import Processes
 from parallel.replica import Replica, checkpoint_activations
 from parallel.schedules import rate
 from parallel.train_options import Config

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import distributed, multiprocessing
 
-from parallel.processes import leave
+from hessian.processes import leave
 
 
 def _worker(rank, world_size, folder, function, arguments):

@@ -1,8 +1,11 @@
 """Curvature of split data on several ranks against one process, in float64."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import distributed, nn
+from torch.distributed import HashStore
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -10,6 +13,9 @@ from torch.nn.parallel import DistributedDataParallel
 
 import hessian
 from hessian import landscape
+from hessian.__main__ import analyse
+from hessian.processes import Processes
+from hessian.report_options import Options
 from parallel import curvature
 from tests.ranks import run_on_ranks
 
@@ -232,3 +238,29 @@ def test_errors_reach_every_rank():
     assert first[1].startswith("ValueError: no item of the data counts on any rank")
     assert first[2].startswith("NotExactError: the trace of '0.weight' is not exact")
     assert first[1:] == second[1:]
+
+
+def report(weights, rank=0, ranks=1):
+    options = Options(
+        "digits-mobilenet", Path("unused"), weights, 9, eigenvalues=2, probes=1, steps=6, layers=False, landscape=False
+    )
+    return analyse(options, Processes(rank, ranks, torch.device("cpu"), HashStore(), 0)).to_dict()
+
+
+def report_on_ranks(weights):
+    return report(weights, distributed.get_rank(), distributed.get_world_size())
+
+
+def test_the_command_line_divides_the_examples(tmp_path):
+    """python -m hessian under torchrun: nine examples on two ranks, float32."""
+    weights = tmp_path / "initial.pt"
+    torch.save(hessian.load_task("digits-mobilenet", pretrained=False).model.state_dict(), weights)
+    expected = report(weights)
+    first, second = run_on_ranks(report_on_ranks, 2, weights)
+    assert first | {"seconds": {}} == second | {"seconds": {}}
+    for name in ("loss", "gradient_norm"):
+        assert first[name] == pytest.approx(expected[name], rel=1e-5)
+    assert first["eigenvalues"]["values"] == pytest.approx(expected["eigenvalues"]["values"], rel=1e-4)
+    assert first["spectrum"]["nodes"][0] == pytest.approx(expected["spectrum"]["nodes"][0], rel=1e-2, abs=1e-3)
+    traces = {row["name"]: row["trace"] for row in expected["layers"]}
+    assert {row["name"]: row["trace"] for row in first["layers"]} == pytest.approx(traces, rel=1e-4, abs=1e-9)

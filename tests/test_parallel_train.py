@@ -16,8 +16,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import hessian
+from hessian.processes import Processes, joined
 from parallel.checkpoint import Checkpoints
-from parallel.processes import Processes, joined
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train import train

@@ -11,7 +11,7 @@ from datetime import timedelta
 from typing import Any, NoReturn
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented all the same
 from torch.distributed.rendezvous import rendezvous
 
@@ -36,6 +36,12 @@ class Processes:
         """Let the others know how far this rank has come."""
         if self.world_size > 1:
             self.store.set(f"rank{self.rank}", json.dumps([step, doing]))
+
+    def broadcast(self, model: nn.Module) -> None:
+        """Collective: rank 0's parameters and buffers become those of all."""
+        if self.world_size > 1:
+            for tensor in model.state_dict(keep_vars=True).values():
+                distributed.broadcast(tensor.detach(), 0)
 
     def introduce(self) -> None:
         """Let the others know where this rank runs."""
@@ -85,8 +91,9 @@ def leave(code: int) -> NoReturn:
 
 
 @contextlib.contextmanager
-def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[Processes]:
+def joined(device: str = "cpu", timeout: float = 600.0, *, always: bool = True) -> Iterator[Processes]:
     """All processes of this torchrun as the default group, or this one alone. timeout: seconds that a message may take.
+    always: make a group of one process, too.
 
     Raises ValueError where the environment names only part of what ranks need to meet, for a port in use, and for a device
     that is not there.
@@ -103,6 +110,9 @@ def joined(device: str = "cpu", timeout: float = 600.0) -> Iterator[Processes]:
         place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
+    if missing and not always:
+        yield Processes(0, 1, place, HashStore(), 0)
+        return
     limit = timedelta(seconds=timeout)
     store: Store
     if missing:
