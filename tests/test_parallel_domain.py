@@ -7,7 +7,7 @@ import torch
 from torch import distributed
 from torch.nn import functional as F
 
-from parallel.halo import RowExchange, fetch, partition
+from parallel.halo import fetch, partition, row_exchange
 from parallel.layouts import domain
 from parallel.layouts.replicated import used_in_parts
 from tests.ranks import run_on_ranks
@@ -91,7 +91,7 @@ def adjoint():
         owned = partition(int(torch.randint(1, 12, (), generator=generator)), ranks)
         total = owned[-1][1]
         needed = tuple(tuple(sorted(torch.randint(0, total + 1, (2,), generator=generator).tolist())) for _ in range(ranks))
-        exchange = RowExchange(owned, needed, 1)
+        exchange = row_exchange(owned, needed, 1)
         whole = data(2, total, 3)
         own = whole[:, slice(*owned[rank])].clone().requires_grad_()
         found = fetch(own, exchange)
@@ -151,11 +151,11 @@ def refusals():
         (((0, 4), (4, 6)), ((0, 4), (0, 7)), "rank 1 needs rows 0 to 7 of 6"),
     ):
         with pytest.raises(ValueError, match=message):
-            RowExchange(owned, needed)
-    exchange = RowExchange(((0, 4), (4, 6)), ((0, 4), (0, 6)))
+            row_exchange(owned, needed)
+    exchange = row_exchange(((0, 4), (4, 6)), ((0, 4), (0, 6)))
     with pytest.raises(ValueError, match="this rank owns rows"):
         fetch(torch.zeros(1, 1, 5, 1), exchange)
-    assert [exchange.sent_rows(rank) for rank in range(2)] == [4, 0]
+    assert [exchange.sent(rank) for rank in range(2)] == [4, 0]
 
 
 def test_ranges_that_do_not_fit_are_refused():

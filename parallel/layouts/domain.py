@@ -13,7 +13,7 @@ from torch import distributed
 from torch.distributed import ProcessGroup
 from torch.nn import functional as F
 
-from parallel.halo import Range, RowExchange, fetch, partition
+from parallel.halo import Range, fetch, partition, row_exchange
 from parallel.layouts.replicated import summed, used_in_parts
 
 Pair = tuple[int, int]
@@ -37,9 +37,8 @@ class Window:
         start, end = outputs
         if start == end:
             return start * self.stride, start * self.stride
-        return start * self.stride - self.padding, (end - 1) * self.stride - self.padding + self.dilation * (
-            self.kernel - 1
-        ) + 1
+        reach = self.dilation * (self.kernel - 1) + 1
+        return start * self.stride - self.padding, (end - 1) * self.stride - self.padding + reach
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,10 @@ def windowed(
         )
     seen = [window.seen(part) for part in outputs.parts()]
     needed = tuple((min(max(start, 0), rows.total), min(max(end, 0), rows.total)) for start, end in seen)
-    exchange = RowExchange(rows.parts(), needed, 2, rows.group)
+    exchange = row_exchange(rows.parts(), needed, 2, rows.group)
     start, end = seen[exchange.rank]
     first, last = needed[exchange.rank]
+    # rows that are needed by no output of a border window count as negative padding, which cuts them off
     fetched = F.pad(fetch(x, exchange), (0, 0, first - start, end - last), value=border)
     return operation(fetched), outputs
 
