@@ -81,7 +81,7 @@ class _Fetch(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, block: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange = exchange
-        return _moved(block, exchange.owned, exchange.needed, exchange)
+        return moved(block, exchange.owned, exchange.needed, exchange)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
@@ -94,18 +94,18 @@ class _SendBack(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: torch.Tensor, exchange: Exchange) -> torch.Tensor:
         ctx.exchange = exchange
-        return _moved(gradient, exchange.needed, exchange.owned, exchange)
+        return moved(gradient, exchange.needed, exchange.owned, exchange)
 
     @staticmethod
     def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor, None]:
         return _Fetch.apply(direction, ctx.exchange), None
 
 
-def _moved(tensor: torch.Tensor, held: tuple[Block, ...], wanted: tuple[Block, ...], exchange: Exchange) -> torch.Tensor:
+def moved(tensor: torch.Tensor, held: tuple[Block, ...], wanted: tuple[Block, ...], exchange: Exchange) -> torch.Tensor:
     """This rank's wanted block: the sum of what all hold of it. `tensor`: the block that this rank holds."""
     me, dims = exchange.rank, exchange.dims
     ranks = range(len(held))
-    sent = {other: _part(tensor, held[me], _common(held[me], wanted[other]), dims) for other in ranks}
+    sent = {other: own_part(tensor, held[me], _common(held[me], wanted[other]), dims) for other in ranks}
     arriving = {other: _common(held[other], wanted[me]) for other in ranks if _size(_common(held[other], wanted[me]))}
     parts = {other: _empty(tensor, block, dims) for other, block in arriving.items() if other != me}
     _send_and_receive({other: part for other, part in sent.items() if other != me and part.numel()}, parts, exchange.group)
@@ -113,7 +113,7 @@ def _moved(tensor: torch.Tensor, held: tuple[Block, ...], wanted: tuple[Block, .
         parts[me] = sent[me]
     result = torch.zeros_like(_empty(tensor, wanted[me], dims))
     for other in sorted(parts):  # one order on every run
-        _part(result, wanted[me], arriving[other], dims).add_(parts[other])
+        own_part(result, wanted[me], arriving[other], dims).add_(parts[other])
     return result
 
 
@@ -130,7 +130,7 @@ def _size(block: Block) -> int:
     return math.prod(end - start for start, end in block)
 
 
-def _part(tensor: torch.Tensor, held: Block, wanted: Block, dims: tuple[int, ...]) -> torch.Tensor:
+def own_part(tensor: torch.Tensor, held: Block, wanted: Block, dims: tuple[int, ...]) -> torch.Tensor:
     """A view of the block `wanted` of a tensor that holds the block `held`."""
     for dim, (first, _), (start, end) in zip(dims, held, wanted, strict=True):
         tensor = tensor.narrow(dim, start - first if end > start else 0, end - start)

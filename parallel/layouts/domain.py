@@ -109,6 +109,12 @@ def max_pool2d(x: torch.Tensor, rows: Rows, kernel: Pair, *, stride: Pair, paddi
     return windowed(x, rows, window, lambda part: F.max_pool2d(part, kernel, stride, (0, padding[1])), border=-torch.inf)
 
 
+def avg_pool2d(x: torch.Tensor, rows: Rows, kernel: Pair, *, stride: Pair, padding: Pair = (0, 0)) -> tuple[torch.Tensor, Rows]:
+    """This rank's rows of `torch.nn.functional.avg_pool2d`, which counts padding."""
+    window = Window(kernel[0], stride[0], padding[0])
+    return windowed(x, rows, window, lambda part: F.avg_pool2d(part, kernel, stride, (0, padding[1])))
+
+
 def batch_norm2d(
     x: torch.Tensor, rows: Rows, weight: torch.Tensor | None, bias: torch.Tensor | None, *, eps: float = 1e-5
 ) -> torch.Tensor:

@@ -1,0 +1,147 @@
+"""Networks whose layers are laid out over a grid of ranks, against one process, in float64."""
+
+import pytest
+import torch
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn import functional as F
+
+from parallel.layouts.network import LaidOut
+from tests.ranks import run_on_ranks
+
+
+class Net(nn.Module):
+    """Stride, dilation, an uneven height, batch norm in training mode, a residual sum, concatenation, pooling, a head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(2, 4, 3, stride=2, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.wide = nn.Conv2d(4, 4, (5, 3), padding=(4, 1), dilation=(2, 1))
+        self.mix = nn.Conv2d(8, 5, 1, bias=False)
+        self.pool = nn.MaxPool2d(3, 2, 1)
+        self.average = nn.AvgPool2d(2, 1)
+        self.head = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def forward(self, x):
+        x = F.gelu(self.norm(self.stem(x)))
+        x = x + 0.5 * torch.tanh(self.wide(x))
+        x = self.mix(torch.cat([x, x.square()], dim=1))
+        x = self.average(self.pool(x))
+        return self.head(x.mean((2, 3)).view(x.size(0), -1))
+
+
+class Block(nn.Module):
+    """A transformer block: layer norms, attention by its formula, a wide layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.before, self.after = nn.LayerNorm(6), nn.LayerNorm(6)
+        self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
+        self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
+        self.scale = nn.Parameter(torch.tensor([1.3]))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x):
+        q, k, v = self.qkv(self.before(x)).chunk(3, dim=-1)
+        x = x + self.out(torch.softmax(q @ k.transpose(1, 2) / 6**0.5, dim=-1) @ v)
+        x = x * self.scale + self.down(F.gelu(self.up(self.after(x))))
+        return self.head(x.mean(1))
+
+
+CONVOLUTIONAL = ("stem", "norm", "wide", "mix", "pool", "average")
+CASES = {
+    "batch": (Net, {}),
+    "domain": (Net, dict.fromkeys(CONVOLUTIONAL, "domain")),
+    "model": (Net, dict.fromkeys((*CONVOLUTIONAL, "head.0", "head.2"), "model")),
+    "domain, then model": (Net, dict.fromkeys(("stem", "norm"), "domain") | dict.fromkeys(("wide", "mix", "head.0"), "model")),
+    "model, then domain": (Net, {"stem": "model", "norm": "model", "wide": "domain", "mix": "model", "pool": "domain"}),
+    "attention by model": (Block, dict.fromkeys(("before", "qkv", "out", "after", "up", "down"), "model")),
+    "attention by batch": (Block, {"up": "model"}),
+}
+
+
+def problem(kind):
+    torch.manual_seed(0)
+    model = kind().double().train()
+    x = torch.randn(9, 2, 13, 7, dtype=torch.float64) if kind is Net else torch.randn(9, 4, 6, dtype=torch.float64)
+    return model, x, torch.tensor([0, 1, 2, 1, 0, 2, 2, 1, 0])
+
+
+def derivatives(loss, parameters):
+    """The loss's gradient and a product with its Hessian, by name; `parameters` may be DTensors."""
+    gradients = torch.autograd.grad(loss, list(parameters.values()), create_graph=True)
+    directions = []
+    for name, parameter in parameters.items():
+        whole = torch.randn(parameter.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(len(name)))
+        is_whole = not hasattr(parameter, "placements")
+        directions.append(whole if is_whole else distribute(whole, parameter))
+    products = torch.autograd.grad(gradients, list(parameters.values()), directions)
+    return [dict(zip(parameters, parts, strict=True)) for parts in (gradients, products)]
+
+
+def distribute(whole, parameter):
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def laid_out(name, shared):
+    """Loss, gradients, products and running moments, summed over the ranks that they are parts on."""
+    kind, layouts = CASES[name]
+    model, x, targets = problem(kind)
+    mesh = init_device_mesh("cpu", (distributed.get_world_size() // shared, shared), mesh_dim_names=("batch", "shared"))
+    network = LaidOut(model, layouts, mesh)
+    groups, group = mesh.size(0), mesh.get_local_rank("batch")
+    first, last = 9 * group // groups, 9 * (group + 1) // groups
+    start, stop = network.own_examples(last - first)
+    outputs = network(x[first:last])
+    loss = F.cross_entropy(outputs, targets[first:last][start:stop], reduction="sum") / 9
+    parameters = dict(network.model.named_parameters())
+    found = {}
+    for what, parts in zip(("gradient", "product"), derivatives(loss, parameters), strict=True):
+        for own, part in parts.items():
+            local = (part.to_local() if hasattr(part, "to_local") else part).detach().clone()
+            distributed.all_reduce(local, group=network.gradient_group(own))
+            if hasattr(part, "to_local"):
+                from torch.distributed.tensor import DTensor
+
+                whole = DTensor.from_local(local, part.device_mesh, part.placements, shape=part.shape, stride=part.stride())
+                local = whole.full_tensor()
+            found[f"{what} of {own}"] = local
+    total = loss.detach().clone()
+    distributed.all_reduce(total)
+    buffers = {own: buffer.clone() for own, buffer in network.model.named_buffers()}
+    return found | {"loss": total} | buffers
+
+
+def all_cases(shared):
+    return {name: laid_out(name, shared) for name in CASES}
+
+
+@pytest.fixture(scope="module")
+def expected():
+    found = {}
+    for name, (kind, _) in CASES.items():
+        model, x, targets = problem(kind)
+        loss = F.cross_entropy(model(x), targets)
+        gradients, products = derivatives(loss, dict(model.named_parameters()))
+        found[name] = (
+            {f"gradient of {own}": part.detach() for own, part in gradients.items()}
+            | {f"product of {own}": part for own, part in products.items()}
+            | {"loss": loss.detach()}
+            | dict(model.named_buffers())
+        )
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "shared"), [(2, 2), (4, 2)])
+def test_layouts_are_exact(expected, ranks, shared):
+    """Value, gradient, Hessian-vector product and batch norm's moments, on 1 x 2 and 2 x 2 ranks."""
+    for rank in run_on_ranks(all_cases, ranks, shared):
+        for name, found in rank.items():
+            assert found.keys() == expected[name].keys()
+            for what, tensor in found.items():
+                torch.testing.assert_close(
+                    tensor, expected[name][what], rtol=1e-10, atol=1e-10, msg=lambda text, at=f"{name}: {what}": f"{at}: {text}"
+                )
