@@ -44,17 +44,24 @@ class Replica:
     def __call__(self, inputs: Any) -> Any:
         return self._call(inputs)
 
-    @contextlib.contextmanager
-    def accumulating(self, more: bool) -> Iterator[None]:
+    def outputs(self, inputs: Any) -> Any:
+        """The model's outputs without regard to gradients, whatever the other ranks do."""
+        return self.model(inputs)
+
+    def accumulating(self, more: bool) -> contextlib.AbstractContextManager[None]:
         """Gradients stay on each rank while there are `more` passes to come."""
         if isinstance(self._call, FSDPModule):
             self._call.set_requires_gradient_sync(not more)
-            yield
         elif more and isinstance(self._call, DistributedDataParallel):
-            with self._call.no_sync():
-                yield
-        else:
-            yield
+            return self._call.no_sync()
+        return contextlib.nullcontext()
+
+    def finish_gradients(self) -> None:
+        """Behind the last pass: sum the gradients over ranks, where that did not happen during the pass."""
+
+    def own_examples(self, examples: int) -> tuple[int, int]:
+        """Which of the examples that this rank passes in its outputs are of."""
+        return 0, examples
 
     def gradient_norm(self) -> torch.Tensor:
         """The Euclidean norm of the whole gradient, (), the same on every rank."""

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import distributed
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.device_mesh import init_device_mesh
 from tqdm.auto import tqdm
 
 import hessian
@@ -137,8 +136,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     torch.manual_seed(config.seed)
     task = hessian.load_task(config.task, config.weights, pretrained=False)
     processes.broadcast(task.model)
-    mesh = init_device_mesh(processes.device.type, (processes.world_size,), mesh_dim_names=("batch",))
-    trainer = Trainer(task, config, processes, mesh)
+    trainer = Trainer(task, config, processes)
     if processes.rank == 0:
         check_space(config.out, (config.keep + 1) * _state_bytes(trainer))
     distributed.barrier()

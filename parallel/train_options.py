@@ -47,6 +47,9 @@ class Config:
         "global", "moments of the whole batch, as one process has them, or of each rank's part", choices=("global", "local")
     )
     mesh: str | None = _option(None, "ranks by what they share, such as batch=2,model=2,domain=1 (default: the batch)")
+    plan: str | None = _option(None, "auto: the grid and the layouts that communicate least, by --alpha and --beta", "auto")
+    alpha: float = _option(2e-6, "seconds a message, for --plan auto", "S")
+    beta: float = _option(1 / 6e9, "seconds a byte, for --plan auto", "S_PER_BYTE")
     shard: bool = _option(False, "keep parameters and optimizer state in parts over the ranks that share the batch (FSDP2)")
     seed: int = _option(0, "seed of the data's order, of augmentation, and of the weights that your task's function draws", "S")
     device: str = _option("cpu", "cpu or cuda")
@@ -75,6 +78,12 @@ class Config:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number of at least 0")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"--steps {self.steps} and --epochs {self.epochs:g}: give one of them")
+        if self.plan not in (None, "auto"):
+            raise ValueError(f"--plan {self.plan}: the one plan is auto")
+        if self.plan is not None and self.mesh is not None:
+            raise ValueError(f"--plan {self.plan} chooses the mesh: leave out --mesh {self.mesh}")
+        if self.shard and (self.plan is not None or self.mesh is not None):
+            raise ValueError("--shard divides parameters over the ranks that share the batch: leave out --mesh and --plan")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
         for item in fields(self):

@@ -10,18 +10,19 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors
+from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors, take_examples
 from hessian.processes import Processes
 from hessian.task import Task
+from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
 from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
 from parallel.optimizers import OPTIMIZERS
-from parallel.replica import Replica, checkpoint_activations
+from parallel.replica import checkpoint_activations
 from parallel.schedules import rate
 from parallel.train_options import Config
 
@@ -57,8 +58,8 @@ class Trainer:
     Raises ValueError for a batch that cannot be shared, and for options that do not suit the task.
     """
 
-    def __init__(self, task: Task, config: Config, processes: Processes, mesh: DeviceMesh) -> None:
-        self.task, self.config, self.processes, self.mesh = task, config, processes, mesh
+    def __init__(self, task: Task, config: Config, processes: Processes) -> None:
+        self.task, self.config, self.processes = task, config, processes
         self.size = len(task.train)  # type: ignore[arg-type]  # map-style datasets have a length
         self._check_batch()
         self.step = 0
@@ -71,13 +72,14 @@ class Trainer:
             raise ValueError(
                 "--checkpoint-activations: the model has no blocks, in a Sequential or a ModuleList, to compute anew"
             )
-        self.replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global")
+        example = map_tensors(lambda tensor: tensor.to(processes.device), _collate([task.train[0]]))[0]
+        self.replica, self.groups, self.group_index = arranged(model, example, config, processes)
         kind = OPTIMIZERS[config.optimizer]
         self.base_rate = kind.learning_rate if config.learning_rate is None else config.learning_rate
         trained = [parameter for parameter in self.replica.model.parameters() if parameter.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-        self.optimizer = kind.make(trained, self.base_rate, config)
+        self.optimizer = kind.make(_by_kind(trained), self.base_rate, config)
         self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
         self._weighing = Objective(self.replica.model, self.loss, [])  # counts what a batch's loss averages over
 
@@ -109,10 +111,10 @@ class Trainer:
 
     def _step(self, loaded: list[Any]) -> dict[str, float]:
         parts = [self._prepared(items, number) for number, items in enumerate(loaded)]
-        weights = [self._weighing.weight(part.batch) for part in parts]
+        weights = [self._weighing.weight(self._own(part.batch)) for part in parts]
         counted = torch.tensor(sum(weights), dtype=torch.float64, device=self.processes.device)
-        counting = distributed.all_reduce(counted, group=self._group, async_op=True)
-        torch.manual_seed(keyed_generator("step", self.config.seed, self.step, self.mesh.get_local_rank()).initial_seed())
+        counting = distributed.all_reduce(counted, async_op=True)
+        torch.manual_seed(keyed_generator("step", self.config.seed, self.step, self.group_index).initial_seed())
         self.optimizer.zero_grad(set_to_none=True)
         total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
         mixing = self.augmentation.share(self.step)
@@ -127,7 +129,8 @@ class Trainer:
                 self.processes.at(self.step, PHASES[2])
                 (part_of_loss * self.replica.sum_gradients).backward()
             total += part_of_loss.detach()
-        distributed.all_reduce(total, group=self._group)
+        distributed.all_reduce(total)
+        self.replica.finish_gradients()
         norm = self.replica.gradient_norm()
         value, length = float(total), float(norm)
         if not math.isfinite(value) or not math.isfinite(length):
@@ -156,34 +159,33 @@ class Trainer:
         """The metric and the loss of the evaluation data, which the ranks share."""
         dataset, objective = self.task.evaluation, Objective(self.replica.model, self.task.loss, [])
         size = len(dataset)  # type: ignore[arg-type]
-        ranks, rank = self.mesh.size(), self.mesh.get_local_rank()
-        start, stop = share(0, size, rank, ranks)
-        rounds = math.ceil(math.ceil(size / ranks) / _EVALUATION_BATCH)
+        start, stop = share(0, size, self.group_index, self.groups)
+        rounds = math.ceil(math.ceil(size / self.groups) / _EVALUATION_BATCH)
         sums = torch.zeros(4, dtype=torch.float64)
         model = self.replica.model
         with self._averaged(), _evaluating(model), self._autocast():
             for number in range(rounds):
                 first = start + number * _EVALUATION_BATCH
                 chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)  # a rank without any keeps step
-                counts = first < stop
                 items = _collate([dataset[index] for index in chosen])
                 batch = map_tensors(lambda tensor: tensor.to(self.processes.device), items)
-                outputs = model(batch[0])
-                if counts:
-                    weight, examples = objective.weight(batch), count_examples(batch)
-                    loss, metric = float(self.task.loss(outputs, batch[1])), float(self.task.metric(outputs, batch[1]))
+                outputs, own = self.replica.outputs(batch[0]), self._own(batch)
+                examples = count_examples(own)
+                if first < stop and examples:
+                    weight = objective.weight(own)
+                    loss, metric = float(self.task.loss(outputs, own[1])), float(self.task.metric(outputs, own[1]))
                     sums += torch.tensor([weight * loss, weight, examples * metric, examples], dtype=torch.float64)
         sums = sums.to(self.processes.device)
-        distributed.all_reduce(sums, group=self._group)
+        distributed.all_reduce(sums)
         loss, weight, metric, examples = sums.tolist()
         return Evaluation(metric / examples, loss if objective.is_sum else loss / weight if weight else math.nan)
 
-    @property
-    def _group(self) -> Any:
-        return self.mesh.get_group()
+    def _own(self, batch: Any) -> Any:
+        """Of a batch that this rank passes, the examples that its outputs are of."""
+        return take_examples(batch, slice(*self.replica.own_examples(count_examples(batch))))
 
     def _check_batch(self) -> None:
-        size, ranks = self.config.batch_size, self.mesh.size()
+        size, ranks = self.config.batch_size, self.processes.world_size
         if size // self.config.accumulate < ranks:
             passes = f" in {self.config.accumulate} passes" if self.config.accumulate > 1 else ""
             raise ValueError(f"--batch-size {size}{passes} is fewer examples than the {ranks} ranks that share it")
@@ -206,13 +208,13 @@ class Trainer:
             first = step * size
             batch = self.order.take(first, size)
             partners = self.augmentation.partners(step, batch) if self.augmentation.mixup else []
-            for start, stop in micro_batches(first, size, accumulate, self.mesh.get_local_rank(), self.mesh.size()):
+            for start, stop in micro_batches(first, size, accumulate, self.group_index, self.groups):
                 yield batch[start - first : stop - first] + partners[start - first : stop - first]
 
     def _prepared(self, items: list[Any], number: int) -> _Part:
         """Items of pass `number` as tensors on the device, augmented."""
         size, accumulate = self.config.batch_size, self.config.accumulate
-        first, stop = list(micro_batches(0, size, accumulate, self.mesh.get_local_rank(), self.mesh.size()))[number]
+        first, stop = list(micro_batches(0, size, accumulate, self.group_index, self.groups))[number]
         found: list[Any] = []
         for half in (items[: stop - first], items[stop - first :]):
             if not half:
@@ -225,7 +227,7 @@ class Trainer:
         return _Part(*found)
 
     def _loss(self, part: _Part, mixing: float) -> torch.Tensor:
-        inputs, targets = part.batch
+        inputs, targets = part.batch[0], self._own(part.batch)[1]
         if part.partners is not None:
             inputs = map_tensors(lambda tensor: mixing * tensor, inputs)
             inputs = inputs + map_tensors(lambda tensor: (1 - mixing) * tensor, part.partners[0])
@@ -233,7 +235,7 @@ class Trainer:
             outputs = self.replica(inputs)
             loss = self.loss(outputs, targets)
             if part.partners is not None:
-                loss = mixing * loss + (1 - mixing) * self.loss(outputs, part.partners[1])
+                loss = mixing * loss + (1 - mixing) * self.loss(outputs, self._own(part.partners)[1])
         return loss
 
     def _autocast(self) -> Any:
@@ -241,6 +243,12 @@ class Trainer:
 
     def _averaged(self) -> contextlib.AbstractContextManager[None]:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
+
+
+def _by_kind(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
+    """Parameter groups of whole and of divided tensors, which optimizers cannot update together."""
+    kinds = [[one for one in parameters if isinstance(one, DTensor) == divided] for divided in (False, True)]
+    return [{"params": one} for one in kinds if one]
 
 
 def with_label_smoothing(loss: LossFunction, smoothing: float) -> LossFunction:

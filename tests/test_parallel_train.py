@@ -12,7 +12,6 @@ import safetensors.torch
 import torch
 from torch import distributed, nn
 from torch.distributed import HashStore
-from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import hessian
@@ -39,9 +38,8 @@ CONFIGS = {
 
 def trainer(**options):
     processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
-    mesh = init_device_mesh("cpu", (processes.world_size,), mesh_dim_names=("batch",))
     config = Config("small", **{"batch_size": 14, "steps": 6, "evaluate_every": 100} | options)
-    return Trainer(small(), config, processes, mesh)
+    return Trainer(small(), config, processes)
 
 
 def outcome(one, steps=None):
@@ -64,6 +62,31 @@ def outcome(one, steps=None):
 
 def outcomes():
     return {name: outcome(trainer(**options)) for name, options in CONFIGS.items()}
+
+
+LAID_OUT = {  # on 1 x 2 or 2 x 2 ranks; each is to equal the run of this name
+    "model": ({"mesh": "batch={},model=2"}, "plain"),
+    "domain": ({"mesh": "batch={},domain=2", "accumulate": 2, "weight_decay": 1e-2}, "weight decay, accumulated"),
+    "model, clipped": ({"mesh": "batch={},model=2", "clip": 0.1, "label_smoothing": 0.1}, "clipped, smooth"),
+    "domain, augmented": ({"mesh": "batch={},domain=2", "mixup": 0.4, "flip": True, "shift": 2}, "augmented"),
+    "model, averaged": ({"mesh": "batch={},model=2"} | CONFIGS["adamw, averaged"], "adamw, averaged"),
+    "planned": ({"plan": "auto", "beta": 1e-5}, "plain"),
+}
+
+
+def laid_out_outcomes():
+    found = {}
+    for name, (options, _) in LAID_OUT.items():
+        mesh = options.get("mesh", "").format(distributed.get_world_size() // 2) or None
+        found[name] = outcome(trainer(**(options | {"mesh": mesh})))
+    return found
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_layouts_train_as_one_process(one_process, ranks):
+    for rank in run_on_ranks(laid_out_outcomes, ranks):
+        for name, found in rank.items():
+            assert_same(found, one_process[LAID_OUT[name][1]])
 
 
 def assert_same(found, expected):

@@ -68,7 +68,8 @@ class LaidOut(nn.Module):
     def _lay_out(self, name: str, module: nn.Module, layout: Layout) -> None:
         if layout == "model":
             self._within_model |= {f"{name}.{own}" for own, _ in module.named_parameters(recurse=False)}
-        if layout == "model" and isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        if layout == "model" and divides_channels(module):
+            assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
             forward = self._channels(name, module)
         elif layout == "domain":
             forward = self._rows(name, module)
@@ -88,8 +89,6 @@ class LaidOut(nn.Module):
         share = math.ceil(channels / ranks)
         if (ranks - 1) * share >= channels:
             raise ValueError(f"{name!r} has {channels} output channels for {ranks} ranks: lay it out by batch")
-        if getattr(module, "groups", 1) > 1 or getattr(module, "padding_mode", "zeros") != "zeros":
-            raise ValueError(f"{name!r} has groups, or pads otherwise than by zeros: lay it out by batch or domain, not model")
         mesh = self.mesh["shared"]
         for own, parameter in list(module.named_parameters(recurse=False)):
             divided = distribute_tensor(parameter.detach(), mesh, [Shard(0)], src_data_rank=None)
@@ -115,8 +114,7 @@ class LaidOut(nn.Module):
         """Halo exchange: every rank computes some rows of all examples."""
         if isinstance(module, GlobalBatchNorm):
             return _on_parts(module.forward)  # moments over all ranks' rows are those of all images
-        window = _window(module)
-        if window is None:
+        if not divides_rows(module):
             raise ValueError(f"{name!r} is a {type(module).__name__}, whose rows cannot be divided: lay it out by batch")
 
         def forward(x: Laid) -> Laid:
@@ -156,16 +154,23 @@ def _on_parts(forward: Callable[..., Any]) -> Callable[[Any], Any]:
     return on_parts
 
 
-def _window(module: nn.Module) -> bool | None:
-    """True for a layer whose windows over rows can be divided."""
+def divides_rows(module: nn.Module) -> bool:
+    """Whether a layer can be laid out by domain."""
     if isinstance(module, nn.Conv2d):
-        return True if module.padding_mode == "zeros" else None
+        return module.padding_mode == "zeros"
     if isinstance(module, nn.MaxPool2d):
-        return True if not module.ceil_mode and _pair(module.dilation) == (1, 1) and not module.return_indices else None
+        return not module.ceil_mode and _pair(module.dilation) == (1, 1) and not module.return_indices
     if isinstance(module, nn.AvgPool2d):
         simple = not module.ceil_mode and module.divisor_override is None
-        return True if simple and (module.count_include_pad or _pair(module.padding) == (0, 0)) else None
-    return None
+        return simple and (bool(module.count_include_pad) or _pair(module.padding) == (0, 0))
+    return isinstance(module, nn.BatchNorm2d | GlobalBatchNorm)
+
+
+def divides_channels(module: nn.Module) -> bool:
+    """Whether the layout by model divides a layer's weights; those of others are on every rank, which computes all of it."""
+    if isinstance(module, nn.Linear):
+        return True
+    return type(module) in _CONVOLUTIONS and (module.groups, module.padding_mode) == (1, "zeros")
 
 
 def _padding(module: nn.Conv2d) -> tuple[int, int]:
@@ -178,7 +183,7 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
 
 
 def _pair(value: Any) -> tuple[int, int]:
-    first, second = value if isinstance(value, tuple) else (value, value)
+    first, second = value if isinstance(value, tuple | list) else (value, value)
     return int(first), int(second)
 
 

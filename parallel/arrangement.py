@@ -1,0 +1,42 @@
+"""Among which ranks a run divides what: the batch alone, parameters too, or layers by a mesh or a plan."""
+
+import logging
+from typing import Any
+
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from hessian.processes import Processes
+from parallel.communication import AlphaBeta
+from parallel.laid_out_replica import LaidOutReplica
+from parallel.layer_cost import Layout
+from parallel.layouts.choice import for_mesh, planned, read_mesh
+from parallel.replica import Replica
+from parallel.train_options import Config
+
+logger = logging.getLogger(__name__)
+
+
+def arranged(model: nn.Module, example: Any, config: Config, processes: Processes) -> tuple[Replica, int, int]:
+    """The model as the config has it, among how many groups of ranks a batch is shared, and the number of this rank's.
+
+    example: a batch of one input. Collective. ValueError for a mesh that is not this world's, or that the model cannot take.
+    """
+    ranks, kind = processes.world_size, processes.device.type
+    sizes = {"batch": ranks, "model": 1, "domain": 1} if config.mesh is None else read_mesh(config.mesh, ranks)
+    layouts: dict[str, Layout] = {}
+    if config.plan is not None:
+        grid, layouts = planned(model, example, ranks, config.batch_size, AlphaBeta(config.alpha, config.beta))
+        sizes = {"batch": grid.batch, "model": grid.model, "domain": 1}
+        described = ", ".join(f"{name} by {layout}" for name, layout in layouts.items())
+        logger.info("plan: %d x %d ranks, %s", grid.model, grid.batch, described)
+    elif sizes["batch"] < ranks:
+        layouts = for_mesh(model, example, sizes, config.batch_size)
+    if sizes["batch"] == ranks:
+        mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("batch",))
+        replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global")
+        return replica, ranks, processes.rank
+    if config.batch_norm != "global":
+        raise ValueError("--batch-norm local: layers that share ranks by model or domain have moments of the whole batch alone")
+    mesh = init_device_mesh(kind, (sizes["batch"], ranks // sizes["batch"]), mesh_dim_names=("batch", "shared"))
+    return LaidOutReplica(model, layouts, mesh), sizes["batch"], mesh.get_local_rank("batch")
