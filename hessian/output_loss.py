@@ -22,7 +22,8 @@ def loss_in_double(objective: Objective, outputs: Any, batch: Any) -> tuple[list
     loss = objective.loss
     if type(loss).__module__ == "torch.nn.modules.loss":  # its own tensors, class weights, follow; others may hold the model
         loss = copy.deepcopy(objective.loss).double()  # type: ignore[attr-defined]
-    in_double = Objective(objective.model, loss, objective.data, forward=objective.forward, items=objective.items)
+    in_double = copy.copy(objective)
+    in_double.loss = loss
     try:
         leaves, copied = leaf_copy(outputs, torch.float64)
         return leaves, in_double.batch_loss(copied, map_tensors(_to_double, batch))

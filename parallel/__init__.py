@@ -1,17 +1,19 @@
-"""How do many processes train one network as one? So far: which layout they should take, domain-parallel layers, and the
-curvature of data-parallel models."""
+"""How do many processes train one network as one? The layout that they should take, layers laid out so, the trainer, and the
+curvature of distributed models."""
 
 from parallel import curvature
 from parallel.architectures import alexnet, gpt, resnet50
 from parallel.communication import AlphaBeta, Collective
 from parallel.layer_cost import Grid
 from parallel.layer_shape import LayerShape, describe
+from parallel.layouts.network import LaidOut
 from parallel.planner import LayerPlan, Plan, Plans, plan
 
 __all__ = [
     "AlphaBeta",
     "Collective",
     "Grid",
+    "LaidOut",
     "LayerPlan",
     "LayerShape",
     "Plan",

@@ -1,6 +1,7 @@
 """Among which ranks a run divides what: the batch alone, parameters too, or layers by a mesh or a plan."""
 
 import logging
+from itertools import groupby
 from typing import Any
 
 from torch import nn
@@ -28,7 +29,8 @@ def arranged(model: nn.Module, example: Any, config: Config, processes: Processe
     if config.plan is not None:
         grid, layouts = planned(model, example, ranks, config.batch_size, AlphaBeta(config.alpha, config.beta))
         sizes = {"batch": grid.batch, "model": grid.model, "domain": 1}
-        described = ", ".join(f"{name} by {layout}" for name, layout in layouts.items())
+        runs = [(layout, [name for name, _ in run]) for layout, run in groupby(layouts.items(), lambda item: item[1])]
+        described = ", ".join(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''} by {layout}" for layout, names in runs)
         logger.info("plan: %d x %d ranks, %s", grid.model, grid.batch, described)
     elif sizes["batch"] < ranks:
         layouts = for_mesh(model, example, sizes, config.batch_size)

@@ -1,5 +1,6 @@
 """Curvature of a model that several processes train: operators that every estimator of `hessian` takes."""
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import distributed, nn
@@ -15,6 +16,8 @@ from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection
 from hessian.split_data import SplitObjective
 from parallel.gathered import Gathered, is_fully_sharded
+from parallel.laid_out_curvature import LaidOutGaussNewton, LaidOutHessian, LaidOutObjective
+from parallel.layouts.network import LaidOut
 from parallel.sharded_vectors import ShardedVectors
 from parallel.tensor_parallel import TensorParallelGaussNewton, TensorParallelHessian, group_of
 
@@ -22,22 +25,24 @@ from parallel.tensor_parallel import TensorParallelGaussNewton, TensorParallelHe
 def hessian(model: nn.Module, loss: LossFunction, data: Data, params: Selection = None, **options: Any) -> LinearOperator:
     """The Hessian of the loss over all ranks' data; an operator like `hessian.Hessian`. Collective.
 
-    model: plain or wrapped by DistributedDataParallel (the same on every rank), sharded by FSDP2, or with DTensor parameters as
-    `parallelize_module` makes them. data: this rank's part, of any size, weighted by items over all ranks; for a
-    tensor-parallel model all ranks that share it pass the same data. Every rank must make the operator and call what multiplies
-    by it; an error on one rank is raised on all that share the data.
+    model: plain or wrapped by DistributedDataParallel (the same on every rank), sharded by FSDP2, with DTensor parameters as
+    `parallelize_module` makes them, or laid out over a grid (`parallel.LaidOut`). data: this rank's part, of any size, weighted
+    by items over all ranks; ranks that share the layers of a tensor-parallel or laid-out model pass the same data. Every rank
+    must make the operator and call what multiplies by it; an error on one rank is raised on all that share the data.
 
     Options: group, the ranks that hold parts of the data (default: those of DDP or FSDP2, all for a plain model, none but the
     rank itself for a tensor-parallel one); micro_batch, as for `hessian.Hessian`; shard_vectors, whether each rank keeps a part
     of every vector (default: for FSDP2 and tensor-parallel models, which have no other way), so that a Krylov basis takes
     1 / ranks of the memory. Results are the same on every rank but for vectors in parts.
     """
-    return _operator(Hessian, TensorParallelHessian, model, loss, data, params, **options)
+    kinds = (Hessian, TensorParallelHessian, LaidOutHessian)
+    return _operator(*kinds, model, loss, data, params, **options)
 
 
 def gauss_newton(model: nn.Module, loss: LossFunction, data: Data, params: Selection = None, **options: Any) -> LinearOperator:
     """The Gauss-Newton matrix of the loss over all ranks' data; otherwise as `hessian`."""
-    return _operator(GaussNewton, TensorParallelGaussNewton, model, loss, data, params, **options)
+    kinds = (GaussNewton, TensorParallelGaussNewton, LaidOutGaussNewton)
+    return _operator(*kinds, model, loss, data, params, **options)
 
 
 def objective(
@@ -58,6 +63,8 @@ def objective(
     if is_fully_sharded(model):
         group = group or _group(model)
         model = Gathered(model, group)
+    elif isinstance(model, LaidOut):
+        return LaidOutObjective(model, loss, data, micro_batch=micro_batch)
     elif (name := _sharded_parameter(model)) is not None:
         raise TypeError(f"parameter {name!r} is in parts on several ranks: use parallel.curvature.hessian or gauss_newton")
     if not distributed.is_initialized():
@@ -68,6 +75,7 @@ def objective(
 def _operator(
     plain: type[CurvatureOperator],
     in_parts: type[CurvatureOperator],
+    laid_out: Callable[[LaidOutObjective, Selection], CurvatureOperator],
     model: nn.Module,
     loss: LossFunction,
     data: Data,
@@ -77,6 +85,8 @@ def _operator(
     micro_batch: int | None = None,
     shard_vectors: bool | None = None,
 ) -> LinearOperator:
+    if isinstance(model, LaidOut):
+        return laid_out(LaidOutObjective(model, loss, data, micro_batch=micro_batch), params)
     if _sharded_parameter(model) is not None and not is_fully_sharded(model):
         split = SplitObjective(model, loss, data, group=group, micro_batch=micro_batch) if group is not None else None
         return in_parts(split or Objective(model, loss, data, micro_batch=micro_batch), params=params)

@@ -18,7 +18,8 @@ class ShardedSpace(VectorSpace):
     """Vectors whose entries are divided among the ranks of `group`.
 
     positions: (local_size,), where this rank's entries are in the whole vector. copies: (local_size,), on how many ranks
-    each of them is; None where it is on this one alone.
+    each of them is; None where it is on this one alone. drawn_by: the ranks whose random vectors are the same, `group` among
+    them; its first rank draws.
     """
 
     def __init__(
@@ -28,9 +29,10 @@ class ShardedSpace(VectorSpace):
         copies: torch.Tensor | None,
         dtype: torch.dtype,
         group: ProcessGroup | None,
+        drawn_by: ProcessGroup | None = None,
     ) -> None:
         super().__init__(size, dtype, positions.device)
-        self.positions, self.group = positions, group
+        self.positions, self.group, self.drawn_by = positions, group, drawn_by
         self._weights = None if copies is None else copies.to(dtype).reciprocal()
 
     @property
@@ -50,7 +52,7 @@ class ShardedSpace(VectorSpace):
     ) -> torch.Tensor:
         """This rank's part of the whole vectors that rank 0 would draw alone."""
         whole = VectorSpace(self.size, self.dtype, self.device).random(count, distribution, generator)
-        distributed.broadcast(whole, group=self.group, group_src=0)
+        distributed.broadcast(whole, group=self.drawn_by, group_src=0)
         return self.part(whole)
 
     def reduce(self, numbers: torch.Tensor) -> torch.Tensor:
@@ -104,7 +106,7 @@ class ShardedVectors(LinearOperator):
         self.shape, self.dtype, self.device = operator.shape, operator.dtype, operator.device
         rank, ranks, size = distributed.get_rank(group), distributed.get_world_size(group), self.shape[0]
         positions = torch.arange(size * rank // ranks, size * (rank + 1) // ranks, device=self.device)
-        self._space = ShardedSpace(size, positions, None, self.dtype, group)
+        self._space = ShardedSpace(size, positions, None, self.dtype, group, group)
 
     @property
     def space(self) -> VectorSpace:

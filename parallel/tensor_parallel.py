@@ -16,17 +16,19 @@ from hessian.operators.gauss_newton import GaussNewton
 from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection
 from hessian.space import VectorSpace
+from hessian.split_data import SplitObjective
+from parallel.layouts.network import LaidOut
 from parallel.sharded_vectors import ShardedSpace
 
 Tensors = dict[str, torch.Tensor]
 
 
-class _TensorParallel(CurvatureOperator):
+class InParts(CurvatureOperator):
     """Vectors are divided as the parameters are; those that every rank has count once."""
 
     def __init__(self, objective: Objective, params: Selection = None) -> None:
         super().__init__(objective, params=params)
-        mesh = next(one.device_mesh for one in objective.model.parameters() if isinstance(one, DTensor))
+        mesh = self._mesh()
         positions, copies, start = [], [], 0
         for parameter in self.parameters.values():
             own, count = _own_positions(parameter, mesh)
@@ -34,9 +36,20 @@ class _TensorParallel(CurvatureOperator):
             copies.append(torch.full_like(own, count))
             start += parameter.numel()
         shared = torch.cat(copies)
-        self._space = ShardedSpace(
-            self.shape[0], torch.cat(positions), shared if bool((shared > 1).any()) else None, self.dtype, group_of(mesh)
-        )
+        counted = shared if bool((shared > 1).any()) else None
+        drawn_by = objective.group if isinstance(objective, SplitObjective) else group_of(mesh)
+        self._space = ShardedSpace(self.shape[0], torch.cat(positions), counted, self.dtype, group_of(mesh), drawn_by)
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """Where this rank's entries are in the whole vector."""
+        return self._space.positions
+
+    def _mesh(self) -> DeviceMesh:
+        """The ranks that the parameters are divided among."""
+        if isinstance(self.objective.model, LaidOut):
+            return self.objective.model.mesh["shared"]
+        return next(one.device_mesh for one in self.objective.model.parameters() if isinstance(one, DTensor))
 
     @property
     def space(self) -> VectorSpace:
@@ -64,11 +77,11 @@ class _TensorParallel(CurvatureOperator):
         return torch.cat([_local(tensor).reshape(-1) for tensor in placed])
 
 
-class TensorParallelHessian(_TensorParallel, Hessian):
+class TensorParallelHessian(InParts, Hessian):
     """The Hessian in DTensor parameters."""
 
 
-class TensorParallelGaussNewton(_TensorParallel, GaussNewton):
+class TensorParallelGaussNewton(InParts, GaussNewton):
     """The Gauss-Newton matrix in DTensor parameters."""
 
 

@@ -236,7 +236,8 @@ def run(config: Config, stdout: TextIO) -> int:
     except Exception as error:
         if config.debug:
             traceback.print_exc()
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
+        who = "" if first else f"rank {os.environ['RANK']}: "
+        print(f"{who}error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2 if isinstance(error, ValueError | TypeError | OSError | ImportError) else 1
     if first:
         text = json.dumps(report, indent=1) if config.json else summary(report, config.out)

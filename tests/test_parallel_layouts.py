@@ -6,6 +6,8 @@ from torch import distributed, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
+import hessian
+from parallel import curvature
 from parallel.layouts.network import LaidOut
 from tests.ranks import run_on_ranks
 
@@ -113,6 +115,52 @@ def laid_out(name, shared):
     distributed.all_reduce(total)
     buffers = {own: buffer.clone() for own, buffer in network.model.named_buffers()}
     return found | {"loss": total} | buffers
+
+
+def curvatures(shared):
+    """Of laid-out networks: dense matrices, gradients, an eigenpair and a trace, from the data of each group."""
+    found = {}
+    for name in ("domain", "model, then domain", "attention by model"):
+        kind, layouts = CASES[name]
+        model, x, targets = problem(kind)
+        mesh = init_device_mesh("cpu", (distributed.get_world_size() // shared, shared), mesh_dim_names=("batch", "shared"))
+        network = LaidOut(model.eval(), layouts, mesh)
+        groups, group = mesh.size(0), mesh.get_local_rank("batch")
+        own = slice(9 * group // groups, 9 * (group + 1) // groups)
+        torch.manual_seed(distributed.get_rank())
+        for make in (curvature.hessian, curvature.gauss_newton):
+            operator = make(network, nn.CrossEntropyLoss(), (x[own], targets[own]), ["*weight"])
+            found[f"{name}, {make.__name__}"] = estimates(operator)
+    return found
+
+
+def estimates(operator):
+    generator = torch.Generator().manual_seed(3)
+    top = hessian.top_eigenpairs(operator, 1, tol=1e-8, generator=generator)
+    vector = top.full_vectors()[:, 0]
+    trace = hessian.trace(operator, method="hutchinson", max_matvecs=32, generator=generator)
+    space = operator.space
+    basis = torch.eye(operator.shape[0], 12, dtype=torch.float64).T
+    return [
+        space.whole(operator.rows(space.part(basis))),
+        space.whole(operator.gradient()[None])[0],
+        top.values,
+        torch.outer(vector, vector),
+        torch.tensor(trace.value, dtype=torch.float64),
+    ]
+
+
+def test_curvature_of_laid_out_networks():
+    expected = {}
+    for name in ("domain", "model, then domain", "attention by model"):
+        model, x, targets = problem(CASES[name][0])
+        for make in (hessian.Hessian, hessian.GaussNewton):
+            label = "hessian" if make is hessian.Hessian else "gauss_newton"
+            expected[f"{name}, {label}"] = estimates(make(model.eval(), nn.CrossEntropyLoss(), (x, targets), ["*weight"]))
+    for rank in run_on_ranks(curvatures, 4, 2):
+        for name, found in rank.items():
+            for one, other in zip(found, expected[name], strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
 
 
 def all_cases(shared):

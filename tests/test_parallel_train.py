@@ -142,14 +142,15 @@ def test_options_matter(one_process):
     torch.testing.assert_close(one_process["recomputed"][0], plain, rtol=1e-12, atol=0)
 
 
-CONTINUED = ("adamw, averaged", "sharded")
+MESHES = {1: {}, 2: {"mesh": "batch=1,model=2"}, 4: {"mesh": "batch=2,model=2"}}
+CONTINUED = {"adamw, averaged": "adamw, averaged", "sharded": "sharded", "laid out": "adamw, averaged"}
 
 
 def continued(folder, steps):
     """From the newest checkpoints in `folder`, if any, to `steps`, and other checkpoints."""
     found = {}
-    for name in CONTINUED:
-        one = trainer(**CONFIGS[name])
+    for name, config in CONTINUED.items():
+        one = trainer(**CONFIGS[config], **(MESHES[distributed.get_world_size()] if name == "laid out" else {}))
         checkpoints = Checkpoints(Path(folder, name), keep=2)
         for step in checkpoints.steps()[:1]:
             restore(one, checkpoints, step)
@@ -164,9 +165,9 @@ def test_checkpoints_go_on_on_any_number_of_ranks(one_process, tmp_path):
     with joined():
         found.append(continued(str(tmp_path), 4))
     found.append(run_on_ranks(continued, 4, str(tmp_path), 6)[-1])
-    for name in CONTINUED:
+    for name, config in CONTINUED.items():
         rows = torch.cat([part[name][0] for part in found])
-        assert_same((rows, *found[-1][name][1:]), one_process[name])
+        assert_same((rows, *found[-1][name][1:]), one_process[config])
         assert sorted(path.name for path in (tmp_path / name).iterdir()) == ["step-00000004", "step-00000006"]
 
 
