@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.layer_cost import Layout
 from parallel.layouts.network import LaidOut
-from parallel.replica import Replica
+from parallel.replica import Replica, local_part
 
 
 class LaidOutReplica(Replica):
@@ -37,24 +37,15 @@ class LaidOutReplica(Replica):
         for prefix, module in self.model.named_modules():
             named = [(f"{prefix}.{name}", one) for name, one in module.named_parameters(recurse=False) if one.grad is not None]
             if named:
-                _sum([_local(one.grad) for _, one in named], self.network.gradient_group(named[0][0]))
+                _sum([local_part(one.grad) for _, one in named], self.network.gradient_group(named[0][0]))
 
     def gradient_norm(self) -> torch.Tensor:
         gradients = [parameter.grad for parameter in self.model.parameters() if parameter.grad is not None]
-        divided = [_local(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
+        divided = [local_part(gradient) for gradient in gradients if isinstance(gradient, DTensor)]
         square = torch.nn.utils.get_total_norm(divided).square() if divided else gradients[0].new_zeros(())
         distributed.all_reduce(square, group=self.network.group)
         whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
         return (square + torch.nn.utils.get_total_norm(whole).square()).sqrt()
-
-    def shorten_gradient(self, norm: torch.Tensor, longest: float) -> None:
-        gradients = [_local(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
-        torch._foreach_mul_(gradients, (longest / (norm + 1e-6)).clamp(max=1.0))
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local
 
 
 def _sum(tensors: list[torch.Tensor], group: Any) -> None:

@@ -38,7 +38,7 @@ class Replica:
             for module in [*blocks(model), model]:
                 fully_shard(module, mesh=mesh)
         elif ranks > 1:
-            options: dict[str, Any] = {_BUFFERS: not global_batch_norm, "gradient_as_bucket_view": True}
+            options: dict[str, Any] = {_BUFFERS: not global_batch_norm}
             self._call = DistributedDataParallel(model, process_group=group, init_sync=False, **options)
 
     def __call__(self, inputs: Any) -> Any:
@@ -71,11 +71,22 @@ class Replica:
 
     def shorten_gradient(self, norm: torch.Tensor, longest: float) -> None:
         """Scale the gradient down to `longest`, where its `norm` is more."""
-        torch.nn.utils.clip_grads_with_norm_(self.model.parameters(), longest, norm)
+        self.scale_gradient((longest / (norm + 1e-6)).clamp(max=1.0))
+
+    def scale_gradient(self, factor: torch.Tensor | float) -> None:
+        """Multiply the gradient."""
+        gradients = [local_part(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
+        torch._foreach_mul_(gradients, factor)
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, each rank's own parts; they change with the model."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict(keep_vars=True).items()}
+
+
+def local_part(tensor: Any) -> torch.Tensor:
+    """This rank's part of a tensor, which changes with it."""
+    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    return local
 
 
 def whole(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

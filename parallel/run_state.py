@@ -29,6 +29,7 @@ def numbers_of(trainer: Trainer) -> dict[str, Any]:
         "world_size": trainer.processes.world_size,
         "examples": trainer.examples,
         "rate_scale": trainer.rate_scale,
+        "expected_weight": trainer.expected_weight,
         "config": trainer.config.to_dict(),
     }
 
@@ -74,4 +75,4 @@ def restore(trainer: Trainer, checkpoints: Checkpoints, step: int) -> None:
             slot, _, name = name.partition(".")
             trainer.optimizer.state[parameters[name]][slot] = tensor
     trainer.step = step
-    trainer.rate_scale = run["rate_scale"]
+    trainer.rate_scale, trainer.expected_weight = run["rate_scale"], run["expected_weight"]

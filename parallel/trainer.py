@@ -26,7 +26,7 @@ from parallel.replica import checkpoint_activations
 from parallel.schedules import rate
 from parallel.train_options import Config
 
-PHASES = ("loading data", "running forward", "running backward", "updating")
+PHASES = ("loading data", "running forward", "running backward")
 
 _EVALUATION_BATCH = 256
 
@@ -81,6 +81,7 @@ class Trainer:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
         self.optimizer = kind.make(_by_kind(trained), self.base_rate, config)
         self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
+        self.expected_weight = float(config.batch_size)  # of a step's batch, over all ranks: as much as in the step before
         self._weighing = Objective(self.replica.model, self.loss, [])  # counts what a batch's loss averages over
 
     @property
@@ -112,30 +113,32 @@ class Trainer:
     def _step(self, loaded: list[Any]) -> dict[str, float]:
         parts = [self._prepared(items, number) for number, items in enumerate(loaded)]
         weights = [self._weighing.weight(self._own(part.batch)) for part in parts]
-        counted = torch.tensor(sum(weights), dtype=torch.float64, device=self.processes.device)
-        counting = distributed.all_reduce(counted, async_op=True)
-        torch.manual_seed(keyed_generator("step", self.config.seed, self.step, self.group_index).initial_seed())
+        self._seed()
         self.optimizer.zero_grad(set_to_none=True)
-        total = torch.zeros((), dtype=torch.float64, device=self.processes.device)
+        expected = 1.0 if self._weighing.is_sum else self.expected_weight
+        sums = torch.tensor([0.0, sum(weights)], dtype=torch.float64, device=self.processes.device)
         mixing = self.augmentation.share(self.step)
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             self.processes.at(self.step, PHASES[1])
             with self.replica.accumulating(number + 1 < len(parts)):
                 loss = self._loss(part, mixing)
-                if number == 0 and counting is not None:
-                    counting.wait()
-                divisor = 1.0 if self._weighing.is_sum else counted.clamp(min=1e-30).to(loss.dtype)
-                part_of_loss = loss * weight / divisor
+                part_of_loss = loss * (weight / expected)
                 self.processes.at(self.step, PHASES[2])
                 (part_of_loss * self.replica.sum_gradients).backward()
-            total += part_of_loss.detach()
-        distributed.all_reduce(total)
+            sums[0] += part_of_loss.detach()
+        adding = distributed.all_reduce(sums, async_op=True)
         self.replica.finish_gradients()
         norm = self.replica.gradient_norm()
-        value, length = float(total), float(norm)
+        adding.wait()
+        value, total = sums.tolist()
+        if not self._weighing.is_sum and total != expected:  # the batch counts otherwise than the one before
+            self.expected_weight = total or expected
+            correction = expected / self.expected_weight
+            self.replica.scale_gradient(correction)
+            norm, value = norm * correction, value * correction
+        length = float(norm)
         if not math.isfinite(value) or not math.isfinite(length):
             raise NotFiniteError(f"the loss is {value} and its gradient's norm {length} in step {self.step}")
-        self.processes.at(self.step, PHASES[3])
         if self.config.clip is not None:
             self.replica.shorten_gradient(norm, self.config.clip)
         learning_rate = self.learning_rate()
@@ -179,6 +182,13 @@ class Trainer:
         distributed.all_reduce(sums)
         loss, weight, metric, examples = sums.tolist()
         return Evaluation(metric / examples, loss if objective.is_sum else loss / weight if weight else math.nan)
+
+    def _seed(self) -> None:
+        """Random numbers of this step, the same for ranks that share examples."""
+        seed = keyed_generator("step", self.config.seed, self.step, self.group_index).initial_seed()
+        torch.default_generator.manual_seed(seed)  # torch.manual_seed asks every kind of device, which takes half a millisecond
+        if self.processes.device.type == "cuda":
+            torch.cuda.manual_seed(seed)
 
     def _own(self, batch: Any) -> Any:
         """Of a batch that this rank passes, the examples that its outputs are of."""
