@@ -18,7 +18,7 @@ class LayerShape:
     weights: their number, biases included. inputs, outputs: values. channels: of the output, which a model-parallel layer
     divides; 0 where it has no weights to divide, and its weights, if any, are on every rank. rows_in, rows_out: rows of the
     image (tokens of a text) that a domain-parallel layer divides; 1 where every output needs all of the input. kernel_rows:
-    rows of the input that one row of the output needs.
+    rows of the input that one row of the output sees; 1 where those of different outputs do not overlap.
     """
 
     name: str
@@ -90,16 +90,20 @@ def _own_weights(module: nn.Module) -> int:
 def _shape(name: str, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> LayerShape:
     weights, inputs, outputs = _own_weights(module), x[0].numel(), output[0].numel()
     if isinstance(module, (*_CONVOLUTIONS, *_POOLS)):
-        kernel = _first(module.kernel_size)
-        dilation = _first(getattr(module, "dilation", 1))
         channels = module.out_channels if isinstance(module, _CONVOLUTIONS) else 0
-        return LayerShape(name, weights, inputs, outputs, channels, x.shape[2], output.shape[2], dilation * (kernel - 1) + 1)
+        return LayerShape(name, weights, inputs, outputs, channels, x.shape[2], output.shape[2], _seen_rows(module))
     if isinstance(module, nn.Linear):
         rows = x.shape[1] if x.dim() > 2 else 1
         return LayerShape(name, weights, inputs, outputs, module.out_features, rows, rows)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2:
         return LayerShape(name, weights, inputs, outputs, 0, x.shape[2], x.shape[2])
     return LayerShape(name, weights, inputs, outputs)
+
+
+def _seen_rows(module: nn.Module) -> int:
+    seen = _first(getattr(module, "dilation", 1)) * (_first(module.kernel_size) - 1) + 1
+    overlaps = seen > _first(module.stride) or module.padding not in (0, (0, 0), "valid")
+    return seen if overlaps else 1
 
 
 def _first(value: Any) -> int:

@@ -7,8 +7,13 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.nn import functional as F
 
 import hessian
-from parallel import curvature
+from parallel import curvature, halo
+from parallel.communication import AlphaBeta, Collective
+from parallel.laid_out_replica import LaidOutReplica
+from parallel.layer_cost import Grid
+from parallel.layer_shape import describe
 from parallel.layouts.network import LaidOut
+from parallel.planner import assignment
 from tests.ranks import run_on_ranks
 
 
@@ -161,6 +166,76 @@ def test_curvature_of_laid_out_networks():
         for name, found in rank.items():
             for one, other in zip(found, expected[name], strict=True):
                 torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-10)
+
+
+class Chain(nn.Sequential):
+    def __init__(self):
+        super().__init__(
+            nn.Conv2d(2, 6, 3, padding=1),
+            nn.ReLU(),
+            nn.Conv2d(6, 4, 5, padding=2),
+            nn.Tanh(),
+            nn.MaxPool2d(2),
+            nn.Flatten(),
+            nn.Linear(4 * 4 * 3, 10),
+            nn.ReLU(),
+            nn.Linear(10, 4),
+        )
+
+
+WIRES = [  # layouts of the chain's five layers
+    ("batch",) * 5,
+    ("model",) * 5,
+    ("domain", "domain", "domain", "batch", "batch"),
+    ("domain", "domain", "domain", "model", "model"),
+    ("model", "domain", "domain", "batch", "model"),
+    ("batch", "domain", "model", "model", "batch"),
+]
+
+
+def wires(shared):
+    """Bytes of every message of a step, (kind, bytes) in float32, as sent by this rank, for each assignment; and as planned."""
+    found = []
+    ranks = distributed.get_world_size()
+    grid = Grid(shared, ranks // shared)
+    mesh = init_device_mesh("cpu", (grid.batch, shared), mesh_dim_names=("batch", "shared"))
+    x, targets = torch.randn(8 // grid.batch, 2, 8, 6), torch.arange(8 // grid.batch) % 4
+    layers = describe(Chain(), x[:1])
+    all_reduce, send = distributed.all_reduce, halo._send_and_receive
+    for layouts in WIRES:
+        sent = []
+
+        def counting_reduce(tensor, *args, sent=sent, group=None, **options):
+            size = distributed.get_world_size(group)
+            sent.append(("all-reduce", 2 * tensor.nbytes * (size - 1) / size))
+            return all_reduce(tensor, *args, group=group, **options)
+
+        def counting_send(messages, received, group, sent=sent):
+            sent.append(("exchange", float(sum(tensor.nbytes for tensor in messages.values()))))
+            return send(messages, received, group)
+
+        replica = LaidOutReplica(Chain(), dict(zip((layer.name for layer in layers), layouts, strict=True)), mesh)
+        distributed.all_reduce, halo._send_and_receive = counting_reduce, counting_send
+        try:
+            start, stop = replica.own_examples(len(x))
+            F.cross_entropy(replica(x), targets[start:stop]).backward()
+            replica.finish_gradients()
+        finally:
+            distributed.all_reduce, halo._send_and_receive = all_reduce, send
+        plan = assignment(layers, layouts, grid, 8, AlphaBeta(0.0, 1.0))
+        planned = [one for row in plan.layers for one in row.collectives]
+        if layouts[-1] == "model":  # the loss is of each rank's own examples; what that takes belongs to no layer
+            planned.append(Collective("all-gather", "gradients of the outputs", shared, 4 * len(x) * layers[-1].outputs))
+        kinds = [("all-reduce" if one.kind == "all-reduce" else "exchange", one.sent) for one in planned]
+        found.append([sorted(message for message in messages if message[1]) for messages in (sent, kinds)])
+    return found
+
+
+@pytest.mark.parametrize(("ranks", "shared"), [(2, 2), (4, 2)])
+def test_the_planner_knows_every_byte_on_the_wire(ranks, shared):
+    for rank in run_on_ranks(wires, ranks, shared):
+        for layouts, (sent, planned) in zip(WIRES, rank, strict=True):
+            assert sent == planned, layouts
 
 
 def all_cases(shared):

@@ -2,7 +2,8 @@
 
 Three layouts of the N examples that a group has: `batch`, every rank has some of the examples; `domain`, every rank has some
 rows of all images; `model`, every rank has all. An operation on activations keeps their layout where it works element by
-element; elsewhere activations are laid out by `batch` first, in which whatever treats examples alike is right.
+element; elsewhere activations are laid out anew first, as the next layer wants them, by `batch` if nothing is known of it, in
+which whatever treats examples alike is right.
 """
 
 from collections.abc import Callable, Sequence
@@ -63,12 +64,14 @@ _SHAPE = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-de
 
 @dataclass(frozen=True)
 class Division:
-    """How activations are divided. examples: N of the group. rows: of the whole image, for `domain`."""
+    """How activations are divided. examples: N of the group. rows: of the whole image, for `domain`. otherwise: the layout that
+    they take where an operation cannot be done on rows."""
 
     layout: Layout
     examples: int
     group: ProcessGroup | None
     rows: int = 0
+    otherwise: Layout = "batch"
 
     def blocks(self) -> tuple[Block, ...]:
         """Each rank's (examples, rows)."""
@@ -132,7 +135,7 @@ class Laid(torch.Tensor):
             laid = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, Laid)]
             division = laid[0].division
             if division.layout == "domain" and func not in _SHAPE and not _keeps_rows(func, args, kwargs):
-                division = replace(division, layout="batch", rows=0)
+                division = replace(division, layout=division.otherwise, rows=0)
             if division.layout == "model" and any(_is_weight(value) for value in tree.tree_leaves((args, kwargs))):
                 division = replace(division, layout="batch")  # weights outside a layer: gradients are parts of a sum
             layout = division.layout

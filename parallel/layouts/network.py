@@ -114,6 +114,8 @@ class LaidOut(nn.Module):
         """Halo exchange: every rank computes some rows of all examples."""
         if isinstance(module, GlobalBatchNorm):
             return _on_parts(module.forward)  # moments over all ranks' rows are those of all images
+        following = list(self.layouts.values())[list(self.layouts).index(name) + 1 :]
+        otherwise: Layout = next((layout for layout in following if layout != "domain"), "batch")
         if not divides_rows(module):
             raise ValueError(f"{name!r} is a {type(module).__name__}, whose rows cannot be divided: lay it out by batch")
 
@@ -139,8 +141,7 @@ class LaidOut(nn.Module):
                 y, after = domain.avg_pool2d(
                     x.part, rows, _pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding)
                 )
-            division = x.division
-            return Laid.of(y, Division("domain", division.examples, division.group, after.total))
+            return Laid.of(y, Division("domain", x.division.examples, x.division.group, after.total, otherwise))
 
         return forward
 
