@@ -175,6 +175,10 @@ def run(options: Options, stdout: TextIO) -> int:
     logging.getLogger("hawq").setLevel(logging.INFO)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            raise UsageError(
+                "this command runs in one process, and torchrun started several: start it by python -m hawq.quantize"
+            )
         report = quantize(options)
     except (UsageError, UnknownTaskError) as error:
         return _fail(options, error, 2)

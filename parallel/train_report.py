@@ -7,6 +7,7 @@ from typing import Any
 
 import jinja2
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 
 from hessian.figures import to_svg
 
@@ -31,6 +32,8 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
     axes[0].set_ylabel("loss")
     if all(row["loss"] > 0 for row in rows):
         axes[0].set_yscale("log")
+        axes[0].yaxis.set_major_formatter("{x:.3g}")
+        axes[0].yaxis.set_minor_formatter("{x:.3g}" if _narrow(rows) else NullFormatter())
     axes[0].legend(fontsize=8, frameon=False)
     axes[1].plot(
         [row["step"] for row in evaluated],
@@ -51,6 +54,12 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
         for rollback in rollbacks:
             one.axvline(rollback["step"], color="#666666", linestyle=":", linewidth=0.8)
     return figure
+
+
+def _narrow(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether the losses span less than a power of ten, so that their axis has few marks to write at."""
+    losses = [row["loss"] for row in rows]
+    return max(losses) < 10 * min(losses)
 
 
 def render_html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors, take_examples
+from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors, take_examples, tensors_of
 from hessian.processes import Processes
 from hessian.task import Task
 from parallel.arrangement import arranged
@@ -121,8 +121,7 @@ class Trainer:
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             self.processes.at(self.step, PHASES[1])
             with self.replica.accumulating(number + 1 < len(parts)):
-                loss = self._loss(part, mixing)
-                part_of_loss = loss * (weight / expected)
+                part_of_loss = self._loss(part, mixing, counts=weight > 0) * (weight / expected)
                 self.processes.at(self.step, PHASES[2])
                 (part_of_loss * self.replica.sum_gradients).backward()
             sums[0] += part_of_loss.detach()
@@ -236,13 +235,18 @@ class Trainer:
             found.append(batch)
         return _Part(*found)
 
-    def _loss(self, part: _Part, mixing: float) -> torch.Tensor:
+    def _loss(self, part: _Part, mixing: float, *, counts: bool) -> torch.Tensor:
+        """The loss of this rank's examples; 0 where none `counts`, of which a mean is not defined."""
         inputs, targets = part.batch[0], self._own(part.batch)[1]
         if part.partners is not None:
+            if not all(tensor.is_floating_point() for tensor in tensors_of(inputs)):
+                raise ValueError("--mixup mixes inputs, and these are no floating-point numbers: leave it out")
             inputs = map_tensors(lambda tensor: mixing * tensor, inputs)
             inputs = inputs + map_tensors(lambda tensor: (1 - mixing) * tensor, part.partners[0])
         with self._autocast():
             outputs = self.replica(inputs)
+            if not counts:
+                return sum(tensor.sum() for tensor in tensors_of(outputs)) * torch.zeros(())
             loss = self.loss(outputs, targets)
             if part.partners is not None:
                 loss = mixing * loss + (1 - mixing) * self.loss(outputs, self._own(part.partners)[1])

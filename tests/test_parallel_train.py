@@ -1,5 +1,6 @@
 """The trainer on several ranks against one process, in float64, and through kills, rollbacks and changes of the world."""
 
+import dataclasses
 import json
 import math
 import os
@@ -133,6 +134,25 @@ def test_one_process_trains_as_a_plain_loop(one_process):
     torch.testing.assert_close(rows[:, 0], torch.tensor(losses, dtype=torch.float64), rtol=1e-12, atol=0)
     for name, tensor in model.state_dict().items():
         torch.testing.assert_close(state[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+def test_passes_in_which_no_target_counts():
+    """Every pass has one example, and class 0, a third of them, is ignored."""
+    with joined():
+        one = trainer(batch_size=6, accumulate=6, steps=4)
+        one.task = dataclasses.replace(one.task, loss=nn.CrossEntropyLoss(ignore_index=0))
+        one.loss = one._weighing.loss = one.task.loss
+        rows = list(one.train())
+    assert all(math.isfinite(row["loss"]) and row["gradient_norm"] > 0 for row in rows)
+
+
+def test_mixup_of_tokens_is_refused():
+    with (
+        joined() as processes,
+        pytest.raises(ValueError, match="--mixup mixes inputs"),
+    ):
+        config = Config("text-transformer", batch_size=4, steps=1, mixup=0.2)
+        next(Trainer(hessian.load_task("text-transformer", pretrained=False), config, processes).train())
 
 
 def test_options_matter(one_process):
