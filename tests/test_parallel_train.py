@@ -147,12 +147,11 @@ def test_passes_in_which_no_target_counts():
 
 
 def test_mixup_of_tokens_is_refused():
-    with (
-        joined() as processes,
-        pytest.raises(ValueError, match="--mixup mixes inputs"),
-    ):
-        config = Config("text-transformer", batch_size=4, steps=1, mixup=0.2)
-        next(Trainer(hessian.load_task("text-transformer", pretrained=False), config, processes).train())
+    config = Config("text-transformer", batch_size=4, steps=1, mixup=0.2)
+    with joined() as processes:
+        steps = Trainer(hessian.load_task("text-transformer", pretrained=False), config, processes).train()
+        with pytest.raises(ValueError, match="--mixup mixes inputs, and these are no floating-point numbers"):
+            next(steps)
 
 
 def test_options_matter(one_process):
