@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import distributed
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import FileSystemReader
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
@@ -26,6 +27,10 @@ _RUN = "run.json"
 Tensors = dict[str, torch.Tensor]
 
 logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint that was complete cannot be read any more; the text says which and why."""
 
 
 class Checkpoints:
@@ -75,30 +80,39 @@ class Checkpoints:
         distributed.barrier(self._group)
 
     def read_run(self, step: int) -> dict[str, Any]:
-        """What is no tensor in a checkpoint, as rank 0 reads it. ValueError for a file of another kind or version."""
+        """What is no tensor in a checkpoint, as rank 0 reads it. ValueError for a file of another kind or version,
+        DamagedCheckpointError for one that cannot be read."""
+        path = self._path(step) / _RUN
         found: list[Any] = [None]
         if self._is_first:
-            path = self._path(step) / _RUN
-            content = json.loads(path.read_text())
-            if content.get("format") != FORMAT or content.get("version") != VERSION:
-                found = [f"{path} is no {FORMAT} of version {VERSION}"]
-            else:
-                found = [content]
+            try:
+                found = [json.loads(path.read_text())]
+            except (OSError, json.JSONDecodeError) as error:
+                found = [str(error)]
         distributed.broadcast_object_list(found, group=self._group, group_src=0)
-        if isinstance(found[0], str):
-            raise ValueError(found[0])
-        run: dict[str, Any] = found[0]
+        run = found[0]
+        if not isinstance(run, dict):
+            raise DamagedCheckpointError(f"{path}: {run}")
+        if run.get("format") != FORMAT or run.get("version") != VERSION:
+            raise ValueError(f"{path} is no {FORMAT} of version {VERSION}")
         return run
 
     def load(self, step: int, make: Callable[[str, torch.Size, torch.dtype], torch.Tensor]) -> Tensors:
         """The tensors of a checkpoint, by name, each into what `make(name, shape, dtype)` returns for it."""
-        metadata = FileSystemReader(self._path(step)).read_metadata().state_dict_metadata
+        path = self._path(step)
+        try:
+            metadata = FileSystemReader(path).read_metadata().state_dict_metadata
+        except Exception as error:  # a damaged index can make the reader fail in any way
+            raise DamagedCheckpointError(f"the index of {path}: {error}") from error
         tensors = {
             name: make(name, item.size, item.properties.dtype)
             for name, item in metadata.items()
             if isinstance(item, TensorStorageMetadata)
         }
-        load(tensors, checkpoint_id=self._path(step), process_group=self._group)
+        try:
+            load(tensors, checkpoint_id=path, process_group=self._group)
+        except CheckpointException as error:
+            raise DamagedCheckpointError(f"{path}: {error}") from error
         return tensors
 
     def _path(self, step: int) -> Path:

@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -41,6 +42,7 @@ class Options:
     memory: float | None
     out: Path | None
     json: bool
+    debug: bool
 
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
@@ -54,9 +56,10 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
     parser.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
     parser.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
     parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost.png and layouts.png there"
+        "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG"
     )
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return Options(**vars(parser.parse_args(arguments)))
 
 
@@ -139,9 +142,11 @@ def run(options: Options, stdout: TextIO) -> int:
         text = json.dumps(to_dict(options, network, plans), indent=1, allow_nan=False) + "\n"
         if options.out is not None:
             write_outputs(options.out, text, layers, network, options, plans)
-    except (ValueError, TypeError, OSError, ImportError) as error:
+    except Exception as error:  # whatever a user's network can raise: one line
+        if options.debug:
+            traceback.print_exc()
         print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
+        return 2 if isinstance(error, ValueError | TypeError | OSError | ImportError) else 1
     finally:
         if distributed.is_initialized():
             distributed.destroy_process_group()

@@ -13,14 +13,13 @@ from typing import Any, TextIO
 import safetensors.torch
 import torch
 from torch import distributed
-from torch.distributed.checkpoint.api import CheckpointException
 from tqdm.auto import tqdm
 
 import hessian
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.processes import Processes, RankLostError, joined, leave
-from parallel.checkpoint import Checkpoints, check_space
+from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
 from parallel.metrics import Metrics
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
@@ -177,7 +176,7 @@ def _resume(run: Run) -> None:
     for step in run.checkpoints.steps():
         try:
             restore(run.trainer, run.checkpoints, step)
-        except (CheckpointException, OSError) as error:
+        except DamagedCheckpointError as error:
             logger.warning("the checkpoint of step %d is damaged, the one before it is taken: %s", step, error)
             continue
         before = run.checkpoints.read_run(step)

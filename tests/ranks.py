@@ -9,6 +9,9 @@ from torch import distributed, multiprocessing
 
 from hessian.processes import leave
 
+# forked from a process that has imported what takes seconds
+multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "hessian", "parallel.train"])
+
 
 def _worker(rank, world_size, folder, function, arguments):
     torch.set_num_threads(1)
@@ -25,5 +28,6 @@ def _worker(rank, world_size, folder, function, arguments):
 def run_on_ranks(function, world_size, *arguments):
     """What `function(*arguments)`, a module's function, returns on each of `world_size` ranks."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_worker, (world_size, folder, function, arguments), nprocs=world_size)
+        arguments = (world_size, folder, function, arguments)
+        multiprocessing.start_processes(_worker, arguments, nprocs=world_size, start_method="forkserver")
         return [pickle.loads(Path(folder, f"result{rank}").read_bytes()) for rank in range(world_size)]

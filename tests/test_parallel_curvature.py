@@ -242,7 +242,7 @@ def test_errors_reach_every_rank():
 
 def report(weights, rank=0, ranks=1):
     options = Options(
-        "digits-mobilenet", Path("unused"), weights, 9, eigenvalues=2, probes=1, steps=6, layers=False, landscape=False
+        "digits-mobilenet", Path("unused"), weights, 5, eigenvalues=1, probes=1, steps=4, layers=False, landscape=False
     )
     return analyse(options, Processes(rank, ranks, torch.device("cpu"), HashStore(), 0)).to_dict()
 
@@ -252,7 +252,7 @@ def report_on_ranks(weights):
 
 
 def test_the_command_line_divides_the_examples(tmp_path):
-    """python -m hessian under torchrun: nine examples on two ranks, float32."""
+    """python -m hessian under torchrun: five examples on two ranks, float32."""
     weights = tmp_path / "initial.pt"
     torch.save(hessian.load_task("digits-mobilenet", pretrained=False).model.state_dict(), weights)
     expected = report(weights)

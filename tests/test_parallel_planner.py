@@ -1,5 +1,6 @@
 """The planner against formulas written out, brute force, and networks' published sizes."""
 
+import io
 import itertools
 import json
 import os
@@ -17,6 +18,7 @@ import parallel
 from parallel import AlphaBeta, Grid, LayerShape, plan
 from parallel.layer_cost import LAYOUTS, memory, obstacle, relayout, traffic
 from parallel.measure import fit
+from parallel.plan import parse, run
 from parallel.planner import assignment
 
 NETWORK = AlphaBeta(2e-6, 1 / 6e9)
@@ -190,7 +192,7 @@ def test_the_command_line(tmp_path):
     assert json.loads((tmp_path / "plan.json").read_text()) == found
 
 
-def test_the_command_line_refuses_in_one_line():
+def test_the_command_line_refuses_in_one_line(capsys):
     size = ("--world-size", "4", "--batch-size", "8")
     for arguments, message in (
         (("nothing", *size), "unknown task 'nothing'"),
@@ -198,11 +200,11 @@ def test_the_command_line_refuses_in_one_line():
         (("gpt", *size, "--memory", "1e6"), "every plan needs"),
         (("gpt", *size, "--measure"), "torchrun"),
     ):
-        done = command(*arguments)
-        assert done.returncode == 2
-        assert done.stderr.startswith("error: ")
-        assert message in done.stderr
-        assert done.stderr.count("\n") == 1
+        assert run(parse(arguments), io.StringIO()) == 2
+        found = capsys.readouterr().err
+        assert found.startswith("error: ")
+        assert message in found
+        assert found.count("\n") == 1
 
 
 def test_measured_among_two_processes():

@@ -246,6 +246,23 @@ def test_a_run_writes_what_it_did_and_resumes(tmp_path):
     assert "<svg" in (tmp_path / "whole/report.html").read_text()
 
 
+@pytest.mark.parametrize("file", [".metadata", "__0_0.distcp", "run.json"])
+def test_a_damaged_checkpoint_leaves_the_one_before(file, tmp_path, caplog):
+    with joined() as processes:
+        options = {"batch_size": 14, "checkpoint_every": 2}
+        expected = train(Config("tests.training_tasks:small", tmp_path / "whole", steps=6, **options), processes)
+        train(
+            Config("tests.training_tasks:small", tmp_path / "cut", steps=4, warmup=0.0, schedule="constant", **options),
+            processes,
+        )
+        path = tmp_path / "cut/checkpoints/step-00000004" / file
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 3])
+        report = train(Config("tests.training_tasks:small", tmp_path / "cut", steps=6, resume=True, **options), processes)
+    assert report["resumed_at"] == 2
+    assert "the checkpoint of step 4 is damaged" in caplog.text
+    assert report["steps"] == expected["steps"]
+
+
 def launch(arguments, marker, restarts):
     command = [
         sys.executable,

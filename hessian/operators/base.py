@@ -39,7 +39,8 @@ class LinearOperator(ABC):
     def __matmul__(self, vectors: torch.Tensor) -> torch.Tensor:
         if not isinstance(vectors, torch.Tensor):
             raise TypeError(f"an operator multiplies torch tensors, not a {type(vectors).__name__}: use to_scipy() for NumPy")
-        size = self.space.local_size
+        square = self.shape[0] == self.shape[1]  # others have whole vectors in one process
+        size = self.space.local_size if square else self.shape[1]
         if vectors.dim() not in (1, 2) or vectors.shape[0] != size:
             raise ValueError(f"a vector of shape {tuple(vectors.shape)} for an operator of size {size}: pass (P,) or (P, K)")
         if vectors.dtype != self.dtype or vectors.device != self.device:
