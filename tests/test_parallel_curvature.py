@@ -86,7 +86,7 @@ def distributed_estimates():
     ]
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_estimates_equal_those_of_one_process(ranks):
     """With 2 ranks the last two examples are left out on both sides; with 4 one rank has none."""
     smooth, linear, x, images, targets = problem()

@@ -68,6 +68,9 @@ CASES = {
 }
 
 
+CURVED = ("model, then domain", "attention by model")  # of which curvature is computed
+
+
 def problem(kind):
     torch.manual_seed(0)
     model = kind().double().train()
@@ -125,7 +128,7 @@ def laid_out(name, shared):
 def curvatures(shared):
     """Of laid-out networks: dense matrices, gradients, an eigenpair and a trace, from the data of each group."""
     found = {}
-    for name in ("domain", "model, then domain", "attention by model"):
+    for name in CURVED:
         kind, layouts = CASES[name]
         model, x, targets = problem(kind)
         mesh = init_device_mesh("cpu", (distributed.get_world_size() // shared, shared), mesh_dim_names=("batch", "shared"))
@@ -157,7 +160,7 @@ def estimates(operator):
 
 def test_curvature_of_laid_out_networks():
     expected = {}
-    for name in ("domain", "model, then domain", "attention by model"):
+    for name in CURVED:
         model, x, targets = problem(CASES[name][0])
         for make in (hessian.Hessian, hessian.GaussNewton):
             label = "hessian" if make is hessian.Hessian else "gauss_newton"
@@ -258,7 +261,7 @@ def expected():
     return found
 
 
-@pytest.mark.parametrize(("ranks", "shared"), [(2, 2), (4, 2)])
+@pytest.mark.parametrize(("ranks", "shared"), [pytest.param(2, 2, marks=pytest.mark.nightly), (4, 2)])
 def test_layouts_are_exact(expected, ranks, shared):
     """Value, gradient, Hessian-vector product and batch norm's moments, on 1 x 2 and 2 x 2 ranks."""
     for rank in run_on_ranks(all_cases, ranks, shared):

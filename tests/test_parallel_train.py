@@ -83,7 +83,7 @@ def laid_out_outcomes():
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_layouts_train_as_one_process(one_process, ranks):
     for rank in run_on_ranks(laid_out_outcomes, ranks):
         for name, found in rank.items():
