@@ -30,7 +30,7 @@ class Metrics:
         if self._board is not None:
             for name, value in row.items():
                 if name != "step":
-                    self._board.add_scalar(name.replace("_", "/", 1), value, row["step"])
+                    self._board.add_scalar(name.replace("evaluation_", "evaluation/"), value, row["step"])
 
     def go_back(self, step: int) -> None:
         """Drop the lines behind `step`."""
