@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import hessian
 from hessian.files import write_atomically
-from hessian.processes import Processes, leave
+from hessian.processes import Processes
 from hessian.tasks.resnet import ResNet20
 from parallel import curvature
 from parallel.communication import Collective
@@ -51,7 +51,7 @@ def _worker(rank: int, ranks: int, folder: str, function: Callable[..., Any], ar
     Path(folder, f"result{rank}").write_bytes(pickle.dumps(result))
     distributed.barrier()
     distributed.destroy_process_group()
-    leave(0)
+    os._exit(0)
 
 
 def on_ranks(function: Callable[..., Any], ranks: int, *arguments: Any) -> Any:

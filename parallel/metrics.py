@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from math import isfinite
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -24,12 +25,13 @@ class Metrics:
     def add(self, row: Mapping[str, Any]) -> None:
         """One step's numbers; `step` is among them."""
         assert self._file is not None
-        self.rows.append(dict(row))
+        row = without_nan(row)
+        self.rows.append(row)
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
         if self._board is not None:
             for name, value in row.items():
-                if name != "step":
+                if name != "step" and value is not None:
                     self._board.add_scalar(name.replace("evaluation_", "evaluation/"), value, row["step"])
 
     def go_back(self, step: int) -> None:
@@ -45,6 +47,11 @@ class Metrics:
             self._file.close()
         if self._board is not None:
             self._board.close()
+
+
+def without_nan(row: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN or infinity: None instead."""
+    return {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in row.items()}
 
 
 def read(path: Path) -> list[dict[str, Any]]:

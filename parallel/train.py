@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import socket
 import sys
 import time
 import traceback
@@ -20,7 +21,7 @@ from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.processes import Processes, RankLostError, joined, leave
 from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
-from parallel.metrics import Metrics
+from parallel.metrics import Metrics, without_nan
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config, parse
@@ -30,6 +31,7 @@ from parallel.trainer import PHASES, Evaluation, NotFiniteError, Trainer
 FORMAT, VERSION = "hessianware-training-report", 1
 OUTPUTS = ("metrics.jsonl", "report.json", "report.html", "model.safetensors")
 
+_LAUNCH = ".launch"  # tells which launcher's run the folder holds
 _ROLLBACKS = 5  # without a checkpoint's progress between them
 
 logger = logging.getLogger(__name__)
@@ -129,7 +131,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     started = time.perf_counter()
     config.check()
     processes.agree(config.to_dict() | {"torch": torch.__version__})
-    resuming = config.resume or processes.restarts > 0
+    resuming = config.resume or _is_restart(config.out, processes)
     if processes.rank == 0:
         _check_folder(config, resuming)
     torch.manual_seed(config.seed)
@@ -138,6 +140,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     trainer = Trainer(task, config, processes)
     if processes.rank == 0:
         check_space(config.out, (config.keep + 1) * _state_bytes(trainer))
+        write_atomically(config.out / _LAUNCH, _launcher())
     distributed.barrier()
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     run = Run(trainer, checkpoints, None)
@@ -158,7 +161,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         "world_size": processes.world_size,
         "steps": trainer.step,
         "examples": trainer.examples,
-        "evaluation": {"metric": evaluation.metric, "loss": evaluation.loss},
+        "evaluation": without_nan({"metric": evaluation.metric, "loss": evaluation.loss}),
         "resumed_at": run.resumed_at,
         "rollbacks": run.rollbacks,
         "seconds": time.perf_counter() - started,
@@ -169,6 +172,21 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         _write(config.out, report, run.metrics.rows, weights)
     distributed.barrier()
     return report
+
+
+def _is_restart(folder: Path, processes: Processes) -> bool:
+    """Whether torchrun started this run before, in this folder: a folder that was refused then is refused again."""
+    is_ours = [False]
+    if processes.rank == 0 and processes.restarts > 0:
+        path = folder / _LAUNCH
+        is_ours = [path.is_file() and path.read_text() == _launcher()]
+    distributed.broadcast_object_list(is_ours)
+    return is_ours[0]
+
+
+def _launcher() -> str:
+    """The process that started this one, which outlives restarts."""
+    return f"{socket.gethostname()} {os.getppid()}"
 
 
 def _resume(run: Run) -> None:
@@ -211,7 +229,7 @@ def _state_bytes(trainer: Trainer) -> int:
 def _write(folder: Path, report: dict[str, Any], rows: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:
     write_atomically(folder / "model.safetensors", safetensors.torch.save(weights))
     write_atomically(folder / "report.html", render_html(report, rows))
-    write_atomically(folder / "report.json", json.dumps(report, indent=1) + "\n")
+    write_atomically(folder / "report.json", json.dumps(report, indent=1, allow_nan=False) + "\n")
 
 
 def run(config: Config, stdout: TextIO) -> int:

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
     axes[0].plot(steps, [row["loss"] for row in rows], color=_BLUE, linewidth=0.8, alpha=0.8, label="training, a step")
     axes[0].plot(
         [row["step"] for row in evaluated],
-        [row["evaluation_loss"] for row in evaluated],
+        [_number(row["evaluation_loss"]) for row in evaluated],
         color=_ORANGE,
         marker="o",
         markersize=3,
@@ -37,7 +38,7 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
     axes[0].legend(fontsize=8, frameon=False)
     axes[1].plot(
         [row["step"] for row in evaluated],
-        [row["evaluation_metric"] for row in evaluated],
+        [_number(row["evaluation_metric"]) for row in evaluated],
         color=_ORANGE,
         marker="o",
         markersize=3,
@@ -54,6 +55,11 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
         for rollback in rollbacks:
             one.axvline(rollback["step"], color="#666666", linestyle=":", linewidth=0.8)
     return figure
+
+
+def _number(value: float | None) -> float:
+    """What JSON cannot write, as it was, or nearly so."""
+    return nan if value is None else value
 
 
 def _narrow(rows: Sequence[Mapping[str, Any]]) -> bool:
@@ -75,8 +81,8 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     evaluation = report["evaluation"]
     ranks = report["world_size"]
     found = [
-        ("evaluation metric", f"{evaluation['metric']:.4f}"),
-        ("evaluation loss", f"{evaluation['loss']:.5g}"),
+        ("evaluation metric", f"{_number(evaluation['metric']):.4f}"),
+        ("evaluation loss", f"{_number(evaluation['loss']):.5g}"),
         ("steps", f"{report['steps']:,} of {report['config']['batch_size']} examples"),
         ("ranks", str(ranks)),
         ("seconds", f"{report['seconds']:.1f}"),

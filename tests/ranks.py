@@ -1,13 +1,12 @@
 """Functions run by several gloo ranks, each a process of its own."""
 
+import os
 import pickle
 import tempfile
 from pathlib import Path
 
 import torch
 from torch import distributed, multiprocessing
-
-from hessian.processes import leave
 
 # forked from a process that has imported what takes seconds
 multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "hessian", "parallel.train"])
@@ -22,7 +21,7 @@ def _worker(rank, world_size, folder, function, arguments):
         distributed.barrier()
     finally:
         distributed.destroy_process_group()
-    leave(0)
+    os._exit(0)  # gloo's threads can abort the interpreter's shutdown
 
 
 def run_on_ranks(function, world_size, *arguments):

@@ -6,6 +6,7 @@ import math
 import os
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,25 @@ def test_a_killed_rank_leaves_no_trace(tmp_path):
     one, other = (safetensors.torch.load_file(tmp_path / name / "model.safetensors") for name in "ab")
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
+
+
+def test_a_restart_does_not_resume_what_was_refused(tmp_path):
+    """torchrun starts a refused run again; that is no reason to go on with the results of another one."""
+    with joined() as processes:
+        train(Config("tests.training_tasks:small", tmp_path, steps=2, batch_size=14), processes)
+    before = (tmp_path / "metrics.jsonl").read_text()
+    result = launch(["tests.training_tasks:small", "--out", str(tmp_path), "--steps", "4", "--batch-size", "14"], tmp_path, 1)
+    assert result.returncode != 0
+    assert "already holds" in result.stderr
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+
+
+def test_an_evaluation_that_is_not_finite_is_null(tmp_path):
+    task = dataclasses.replace(small(), metric=lambda *_: torch.tensor(math.nan))
+    with joined() as processes, unittest.mock.patch("hessian.load_task", return_value=task):
+        report = train(Config("small", tmp_path, steps=1, batch_size=14), processes)
+    assert report["evaluation"]["metric"] is None
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["evaluation_metric"] is None
 
 
 def test_a_hanging_rank_is_named(tmp_path):
