@@ -38,6 +38,38 @@ class Net(nn.Module):
         return self.head(x.mean((2, 3)).view(x.size(0), -1))
 
 
+class Pair(nn.Module):
+    """A layer of two inputs with weights of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.tensor([0.7]))
+
+    def forward(self, x, y):
+        return x + self.weight * y
+
+
+class SequenceFirst(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.second(self.first(x).transpose(0, 1)).mean(0)
+
+
+def refusal():
+    mesh = init_device_mesh("cpu", (1, 2), mesh_dim_names=("batch", "shared"))
+    network = LaidOut(SequenceFirst().double(), {"second": "model"}, mesh)
+    with pytest.raises(ValueError, match=r"does not have its \d examples first"):
+        network(torch.randn(9, 7, 6, dtype=torch.float64))
+    return True
+
+
+def test_examples_that_move_are_refused():
+    assert run_on_ranks(refusal, 2) == [True, True]
+
+
 class Block(nn.Module):
     """A transformer block: layer norms, attention by its formula, a wide layer."""
 
@@ -47,13 +79,13 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(6, 18), nn.Linear(6, 6)
         self.up, self.down = nn.Linear(6, 10), nn.Linear(10, 6)
         self.scale = nn.Parameter(torch.tensor([1.3]))
-        self.head = nn.Linear(6, 3)
+        self.pair, self.head = Pair(), nn.Linear(6, 3)
 
     def forward(self, x):
         q, k, v = self.qkv(self.before(x)).chunk(3, dim=-1)
-        x = x + self.out(torch.softmax(q @ k.transpose(1, 2) / 6**0.5, dim=-1) @ v)
+        x = x + self.out(torch.softmax(q @ k.mT / 6**0.5, dim=-1) @ v)
         x = x * self.scale + self.down(F.gelu(self.up(self.after(x))))
-        return self.head(x.mean(1))
+        return self.head(self.pair(x, x.square()).mean(1))
 
 
 CONVOLUTIONAL = ("stem", "norm", "wide", "mix", "pool", "average")

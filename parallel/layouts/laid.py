@@ -58,6 +58,7 @@ _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
     for name in names
 )
 _OF_THE_PART = ("as_subclass", "__get__", "__set__", "dim", "is_floating_point", "is_complex", "get_device")
+_TRANSPOSED = (torch.Tensor.mT.__get__, torch.Tensor.T.__get__)  # type: ignore[attr-defined]  # descriptors have it
 _RESHAPING = (torch.Tensor.view, torch.Tensor.reshape, torch.reshape, torch.Tensor.expand)
 _SHAPE = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-defined]  # descriptors have it
 
@@ -111,6 +112,12 @@ class Laid(torch.Tensor):
         rows = before.rows or (part.shape[2] if part.dim() > 2 else 0)
         if by_rows and part.dim() != 4:
             raise ValueError(f"a tensor of {part.dim()} dimensions has no rows to divide: lay this layer out by batch or model")
+        examples, _ = before.blocks()[distributed.get_rank(before.group)]
+        if part.shape[0] != examples[1] - examples[0]:
+            raise ValueError(
+                f"a tensor of shape {tuple(part.shape)} does not have its {examples[1] - examples[0]} examples first: the "
+                "model moves or mixes them, and can be laid out by batch alone (leave out --mesh and --plan)"
+            )
         dims = (0, 2) if by_rows else (0,)
         old = replace(before, rows=rows)
         new = Division(layout, before.examples, before.group, rows)
@@ -130,7 +137,7 @@ class Laid(torch.Tensor):
         del types
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if getattr(func, "__name__", "") in _OF_THE_PART and func not in _SHAPE:
+            if getattr(func, "__name__", "") in _OF_THE_PART and func not in (*_SHAPE, *_TRANSPOSED):
                 return func(*args, **kwargs)
             laid = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, Laid)]
             division = laid[0].division

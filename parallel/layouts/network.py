@@ -10,6 +10,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.nn import functional as F
+from torch.utils import _pytree as tree
 
 from parallel.halo import Exchange, partition
 from parallel.layer_cost import Layout
@@ -35,6 +36,8 @@ class LaidOut(nn.Module):
 
     def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], mesh: DeviceMesh) -> None:
         super().__init__()
+        if mesh.size() != distributed.get_world_size():
+            raise ValueError(f"the mesh has {mesh.size()} of {distributed.get_world_size()} ranks: it must have all")
         self.mesh, self.layouts = mesh, dict(layouts)
         self.group = mesh["shared"].get_group()
         self.model = globalize(model, None)
@@ -78,8 +81,9 @@ class LaidOut(nn.Module):
                 module.group = self.mesh["batch"].get_group()
             forward = _on_parts(module.forward)
 
-        def laid(x: Any) -> Any:
-            return forward(x.laid(layout)) if isinstance(x, Laid) else forward(x)
+        def laid(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = tree.tree_map(lambda x: x.laid(layout) if isinstance(x, Laid) else x, (args, kwargs))
+            return forward(*args, **kwargs)
 
         module.forward = laid
 
@@ -146,11 +150,16 @@ class LaidOut(nn.Module):
         return forward
 
 
-def _on_parts(forward: Callable[..., Any]) -> Callable[[Any], Any]:
+def _on_parts(forward: Callable[..., Any]) -> Callable[..., Any]:
     """A layer that computes each rank's part as it would all."""
 
-    def on_parts(x: Any) -> Any:
-        return Laid.of(forward(x.part), x.division) if isinstance(x, Laid) else forward(x)
+    def on_parts(*args: Any, **kwargs: Any) -> Any:
+        laid = [x for x in tree.tree_leaves((args, kwargs)) if isinstance(x, Laid)]
+        args, kwargs = tree.tree_map(lambda x: x.part if isinstance(x, Laid) else x, (args, kwargs))
+        result = forward(*args, **kwargs)
+        if not laid:
+            return result
+        return tree.tree_map(lambda y: Laid.of(y, laid[0].division) if isinstance(y, torch.Tensor) else y, result)
 
     return on_parts
 
