@@ -9,15 +9,14 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
 
 import torch
 from torch import distributed
 from torch.distributed import P2POp, ProcessGroup
 
+from parallel.linear_map import linear_map
+
 Range = tuple[int, int]  # first row, and the one behind the last
-
-
 Block = tuple[Range, ...]  # a range for each divided dimension
 
 
@@ -37,6 +36,17 @@ class Exchange:
     def rank(self) -> int:
         """This process's position in the group."""
         return distributed.get_rank(self.group)
+
+    @property
+    def adjoint(self) -> "Exchange":
+        """What was fetched goes back to its owners, who add it up."""
+        return Exchange(self.needed, self.owned, self.dims, self.group)
+
+    def check(self, block: torch.Tensor) -> None:
+        """Raise ValueError for a block that is not the one that this rank owns."""
+        for dim, (start, end) in zip(self.dims, self.owned[self.rank], strict=True):
+            if block.shape[dim] != end - start:
+                raise ValueError(f"there are {block.shape[dim]} rows, and this rank owns rows {start} to {end}")
 
     def sent(self, rank: int) -> int:
         """Entries of the divided dimensions that a rank sends in a fetch, and receives in the adjoint."""
@@ -70,51 +80,44 @@ def partition(rows: int, ranks: int) -> tuple[Range, ...]:
 
 def fetch(block: torch.Tensor, exchange: Exchange) -> torch.Tensor:
     """What this rank needs; `block` is what it owns. Every rank of the group must call it."""
-    for dim, (start, end) in zip(exchange.dims, exchange.owned[exchange.rank], strict=True):
-        if block.shape[dim] != end - start:
-            raise ValueError(f"there are {block.shape[dim]} rows, and this rank owns rows {start} to {end}")
-    result: torch.Tensor = _Fetch.apply(block, exchange)
-    return result
+    exchange.check(block)
+    return linear_map(block, lambda own: moved(own, exchange), lambda needed: moved(needed, exchange.adjoint))
 
 
-class _Fetch(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, block: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        ctx.exchange = exchange
-        return moved(block, exchange.owned, exchange.needed, exchange)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _SendBack.apply(gradient, ctx.exchange), None
+def moved(tensor: torch.Tensor, exchange: Exchange) -> torch.Tensor:
+    """This rank's needed block: the sum of what all have of it. `tensor`: the block that this rank has."""
+    return Messages(tensor, exchange).received()
 
 
-class _SendBack(torch.autograd.Function):
-    """The adjoint of `_Fetch`."""
+class Messages:
+    """The messages of an exchange, under way from the moment that this is made. Every rank of the group must make it."""
 
-    @staticmethod
-    def forward(ctx: Any, gradient: torch.Tensor, exchange: Exchange) -> torch.Tensor:
-        ctx.exchange = exchange
-        return moved(gradient, exchange.needed, exchange.owned, exchange)
+    def __init__(self, tensor: torch.Tensor, exchange: Exchange) -> None:
+        self.exchange, self.tensor = exchange, tensor
+        me, dims, owned, needed = exchange.rank, exchange.dims, exchange.owned, exchange.needed
+        ranks = range(len(owned))
+        self.blocks = {other: block for other in ranks if _size(block := _common(owned[other], needed[me]))}
+        sent = {other: block for other in ranks if other != me and _size(block := _common(owned[me], needed[other]))}
+        self.parts = {other: _empty(tensor, block, dims) for other, block in self.blocks.items() if other != me}
+        self._sent = {other: own_part(tensor, owned[me], block, dims).contiguous() for other, block in sent.items()}
+        self._works = _send_and_receive(self._sent, self.parts, exchange.group)
 
-    @staticmethod
-    def backward(ctx: Any, direction: torch.Tensor) -> tuple[torch.Tensor, None]:
-        return _Fetch.apply(direction, ctx.exchange), None
+    def received(self) -> torch.Tensor:
+        """The needed block, when all of it is there."""
+        needed, dims = self.exchange.needed[self.exchange.rank], self.exchange.dims
+        return self.added_to(torch.zeros_like(_empty(self.tensor, needed, dims)))
 
-
-def moved(tensor: torch.Tensor, held: tuple[Block, ...], wanted: tuple[Block, ...], exchange: Exchange) -> torch.Tensor:
-    """This rank's wanted block: the sum of what all hold of it. `tensor`: the block that this rank holds."""
-    me, dims = exchange.rank, exchange.dims
-    ranks = range(len(held))
-    sent = {other: own_part(tensor, held[me], _common(held[me], wanted[other]), dims) for other in ranks}
-    arriving = {other: _common(held[other], wanted[me]) for other in ranks if _size(_common(held[other], wanted[me]))}
-    parts = {other: _empty(tensor, block, dims) for other, block in arriving.items() if other != me}
-    _send_and_receive({other: part for other, part in sent.items() if other != me and part.numel()}, parts, exchange.group)
-    if me in arriving:
-        parts[me] = sent[me]
-    result = torch.zeros_like(_empty(tensor, wanted[me], dims))
-    for other in sorted(parts):  # one order on every run
-        own_part(result, wanted[me], arriving[other], dims).add_(parts[other])
-    return result
+    def added_to(self, result: torch.Tensor) -> torch.Tensor:
+        """`result`, the needed block, with everything that was received added to it in place."""
+        exchange = self.exchange
+        me, dims = exchange.rank, exchange.dims
+        if me in self.blocks:
+            self.parts[me] = own_part(self.tensor, exchange.owned[me], self.blocks[me], dims)
+        for work in self._works:
+            work.wait()
+        for other in sorted(self.parts):  # one order on every run
+            own_part(result, exchange.needed[me], self.blocks[other], dims).add_(self.parts[other])
+        return result
 
 
 def _common(one: Block, other: Block) -> Block:
@@ -144,12 +147,13 @@ def _empty(like: torch.Tensor, block: Block, dims: tuple[int, ...]) -> torch.Ten
     return like.new_empty(shape)
 
 
-def _send_and_receive(sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor], group: ProcessGroup | None) -> None:
+def _send_and_receive(
+    sent: dict[int, torch.Tensor], received: dict[int, torch.Tensor], group: ProcessGroup | None
+) -> Sequence[distributed.Work]:
     """By rank in the group; all messages are under way at once."""
     ranks: Sequence[int] = distributed.get_process_group_ranks(group or distributed.group.WORLD)
     operations = [
-        *(P2POp(distributed.isend, tensor.contiguous(), ranks[other], group) for other, tensor in sent.items()),
+        *(P2POp(distributed.isend, tensor, ranks[other], group) for other, tensor in sent.items()),
         *(P2POp(distributed.irecv, tensor, ranks[other], group) for other, tensor in received.items()),
     ]
-    for work in distributed.batch_isend_irecv(operations) if operations else ():
-        work.wait()
+    return distributed.batch_isend_irecv(operations) if operations else ()
