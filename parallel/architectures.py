@@ -27,7 +27,7 @@ class _Images:
     def _append(self, name: str, weights: int, divided: int, channels: int, kernel: int, stride: int, padding: int) -> None:
         size = (self.size + 2 * padding - kernel) // stride + 1
         inputs, outputs = self.channels * self.size**2, channels * size**2
-        self.layers.append(LayerShape(name, weights, inputs, outputs, divided, self.size, size, kernel))
+        self.layers.append(LayerShape(name, weights, inputs, outputs, divided, self.size, size, kernel, size))
         self.size, self.channels = size, channels
 
 

@@ -11,7 +11,7 @@ from hessian.processes import Processes
 from parallel.communication import AlphaBeta
 from parallel.laid_out_replica import LaidOutReplica
 from parallel.layer_cost import Layout
-from parallel.layouts.choice import for_mesh, planned, read_mesh
+from parallel.layouts.choice import Mesh, for_mesh, planned, read_mesh
 from parallel.replica import Replica
 from parallel.train_options import Config
 
@@ -24,21 +24,22 @@ def arranged(model: nn.Module, example: Any, config: Config, processes: Processe
     example: a batch of one input. Collective. ValueError for a mesh that is not this world's, or that the model cannot take.
     """
     ranks, kind = processes.world_size, processes.device.type
-    sizes = {"batch": ranks, "model": 1, "domain": 1} if config.mesh is None else read_mesh(config.mesh, ranks)
+    sizes = Mesh(ranks) if config.mesh is None else read_mesh(config.mesh, ranks)
     layouts: dict[str, Layout] = {}
     if config.plan is not None:
         grid, layouts = planned(model, example, ranks, config.batch_size, AlphaBeta(config.alpha, config.beta))
-        sizes = {"batch": grid.batch, "model": grid.model, "domain": 1}
+        sizes = Mesh(grid.batch, tiles=(grid.model, 1))
         runs = [(layout, [name for name, _ in run]) for layout, run in groupby(layouts.items(), lambda item: item[1])]
         described = ", ".join(f"{names[0]}{f' to {names[-1]}' if len(names) > 1 else ''} by {layout}" for layout, names in runs)
         logger.info("plan: %d x %d ranks, %s", grid.model, grid.batch, described)
-    elif sizes["batch"] < ranks:
+    elif sizes.shared > 1:
         layouts = for_mesh(model, example, sizes, config.batch_size)
-    if sizes["batch"] == ranks:
+    if sizes.shared == 1:
         mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("batch",))
         replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global")
         return replica, ranks, processes.rank
     if config.batch_norm != "global":
         raise ValueError("--batch-norm local: layers that share ranks by model or domain have moments of the whole batch alone")
-    mesh = init_device_mesh(kind, (sizes["batch"], ranks // sizes["batch"]), mesh_dim_names=("batch", "shared"))
-    return LaidOutReplica(model, layouts, mesh), sizes["batch"], mesh.get_local_rank("batch")
+    mesh = init_device_mesh(kind, (sizes.batch, sizes.shared), mesh_dim_names=("batch", "shared"))
+    tiles = None if sizes.model > 1 else sizes.tiles
+    return LaidOutReplica(model, layouts, mesh, tiles), sizes.batch, mesh.get_local_rank("batch")

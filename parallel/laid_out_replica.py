@@ -15,10 +15,15 @@ from parallel.replica import Replica, local_part
 
 
 class LaidOutReplica(Replica):
-    """A model whose layers are laid out over mesh["batch"] x mesh["shared"]; inputs are those of the rank's shared group."""
+    """A model whose layers are laid out over mesh["batch"] x mesh["shared"]; inputs are those of the rank's shared group.
 
-    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], mesh: DeviceMesh) -> None:
-        self.network = LaidOut(model, layouts, mesh)
+    tiles: of images, as for `LaidOut`.
+    """
+
+    def __init__(
+        self, model: nn.Module, layouts: Mapping[str, Layout], mesh: DeviceMesh, tiles: tuple[int, int] | None = None
+    ) -> None:
+        self.network = LaidOut(model, layouts, mesh, tiles=tiles)
         self.model, self.sum_gradients = self.network.model, 1.0
         self._call = self.network
 

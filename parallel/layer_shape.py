@@ -18,7 +18,8 @@ class LayerShape:
     weights: their number, biases included. inputs, outputs: values. channels: of the output, which a model-parallel layer
     divides; 0 where it has no weights to divide, and its weights, if any, are on every rank. rows_in, rows_out: rows of the
     image (tokens of a text) that a domain-parallel layer divides; 1 where every output needs all of the input. kernel_rows:
-    rows of the input that one row of the output sees; 1 where those of different outputs do not overlap.
+    rows of the input that one row of the output sees; 1 where those of different outputs do not overlap. columns: of the image,
+    the fewer of input and output.
     """
 
     name: str
@@ -29,12 +30,13 @@ class LayerShape:
     rows_in: int = 1
     rows_out: int = 1
     kernel_rows: int = 1
+    columns: int = 1
 
     def __post_init__(self) -> None:
         for name in ("weights", "channels"):
             if getattr(self, name) < 0:
                 raise ValueError(f"layer {self.name!r} has {name}={getattr(self, name)}: give at least 0")
-        for name in ("inputs", "outputs", "rows_in", "rows_out", "kernel_rows"):
+        for name in ("inputs", "outputs", "rows_in", "rows_out", "kernel_rows", "columns"):
             if getattr(self, name) < 1:
                 raise ValueError(f"layer {self.name!r} has {name}={getattr(self, name)}: give at least 1")
 
@@ -80,7 +82,7 @@ def describe(model: nn.Module, example: Any) -> list[LayerShape]:
 
 
 def _counts(module: nn.Module) -> bool:
-    return _own_weights(module) > 0 or isinstance(module, _POOLS)
+    return _own_weights(module) > 0 or isinstance(module, (*_POOLS, nn.Upsample))
 
 
 def _own_weights(module: nn.Module) -> int:
@@ -89,18 +91,21 @@ def _own_weights(module: nn.Module) -> int:
 
 def _shape(name: str, module: nn.Module, x: torch.Tensor, output: torch.Tensor) -> LayerShape:
     weights, inputs, outputs = _own_weights(module), x[0].numel(), output[0].numel()
-    if isinstance(module, (*_CONVOLUTIONS, *_POOLS)):
+    columns = min(x.shape[3], output.shape[3]) if x.dim() == output.dim() == 4 else 1
+    if isinstance(module, (*_CONVOLUTIONS, *_POOLS, nn.Upsample)):
         channels = module.out_channels if isinstance(module, _CONVOLUTIONS) else 0
-        return LayerShape(name, weights, inputs, outputs, channels, x.shape[2], output.shape[2], _seen_rows(module))
+        return LayerShape(name, weights, inputs, outputs, channels, x.shape[2], output.shape[2], _seen_rows(module), columns)
     if isinstance(module, nn.Linear):
         rows = x.shape[1] if x.dim() > 2 else 1
         return LayerShape(name, weights, inputs, outputs, module.out_features, rows, rows)
     if isinstance(module, nn.modules.batchnorm._BatchNorm) and x.dim() > 2:
-        return LayerShape(name, weights, inputs, outputs, 0, x.shape[2], x.shape[2])
+        return LayerShape(name, weights, inputs, outputs, 0, x.shape[2], x.shape[2], 1, columns)
     return LayerShape(name, weights, inputs, outputs)
 
 
 def _seen_rows(module: nn.Module) -> int:
+    if isinstance(module, nn.Upsample):
+        return 1 if module.mode == "nearest" else 3  # bilinear: a row on either side, of which each output sees one
     seen = _first(getattr(module, "dilation", 1)) * (_first(module.kernel_size) - 1) + 1
     overlaps = seen > _first(module.stride) or module.padding not in (0, (0, 0), "valid")
     return seen if overlaps else 1

@@ -1,6 +1,8 @@
 """Domain-parallel layers against one process, in float64: values, gradients, Hessian-vector products."""
 
 import itertools
+import math
+from unittest import mock
 
 import pytest
 import torch
@@ -9,16 +11,21 @@ from torch.nn import functional as F
 
 from parallel.halo import fetch, partition, row_exchange
 from parallel.layouts import domain
-from parallel.layouts.replicated import used_in_parts
+from parallel.layouts.batch_norm import GlobalBatchNorm
+from parallel.layouts.domain import Tiles, Window
+from parallel.layouts.replicated import summed, used_in_parts
+from parallel.linear_map import linear_map
+from parallel.overlapped import OverlappedFetch
 from tests.ranks import run_on_ranks
 
-CONVOLUTIONS = [  # height, kernel, stride, padding, dilation, groups
-    (11, (3, 3), (1, 1), (1, 1), (1, 1), 1),
-    (13, (5, 3), (2, 1), (2, 0), (1, 1), 2),
-    (17, (3, 5), (3, 2), (0, 2), (2, 1), 1),
-    (9, (7, 1), (1, 1), (3, 0), (1, 1), 4),  # a window that reaches over several ranks
-    (14, (2, 2), (4, 4), (0, 0), (1, 1), 1),  # rows that nobody sees
-    (8, (3, 3), (1, 1), (4, 1), (1, 1), 1),  # outputs that see nothing but the border
+CONVOLUTIONS = [  # height and width, kernel, stride, padding, dilation, groups
+    ((11, 8), (3, 3), (1, 1), (1, 1), (1, 1), 1),
+    ((13, 8), (5, 3), (2, 1), (2, 0), (1, 1), 2),
+    ((17, 19), (3, 5), (3, 2), (0, 2), (2, 1), 1),
+    ((9, 8), (7, 1), (1, 1), (3, 0), (1, 1), 4),  # a window that reaches over several ranks
+    ((14, 9), (2, 2), (4, 4), (0, 0), (1, 1), 1),  # rows that nobody sees
+    ((8, 8), (3, 3), (1, 1), (4, 1), (1, 1), 1),  # outputs that see nothing but the border
+    ((8, 6), (1, 1), (2, 2), (0, 0), (1, 1), 1),  # nobody needs another's rows
 ]
 
 
@@ -35,52 +42,80 @@ def derivatives(loss, leaves):
     return [loss.detach(), *(gradient.detach() for gradient in gradients), *products]
 
 
+def tilings(size):
+    """Rows, columns and, on four ranks, both."""
+    ranks = distributed.get_world_size()
+    grids = [(ranks, 1), (1, ranks)] + ([(2, 2)] if ranks == 4 else [])
+    return [Tiles(size, grid) for grid in grids]
+
+
 def windows():
-    """Every convolution, divided and whole: the same outputs."""
+    """Every convolution, divided and whole: the same outputs, gradients and products."""
     worst = 0.0
-    for height, kernel, stride, padding, dilation, groups in CONVOLUTIONS:
-        x, weight, bias = data(2, 4, height, 8), data(4, 4 // groups, *kernel, seed=1), data(4, seed=2)
+    for size, kernel, stride, padding, dilation, groups in CONVOLUTIONS:
+        x, weight, bias = data(2, 4, *size), data(4, 4 // groups, *kernel, seed=1), data(4, seed=2)
         options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        leaves = [leaf.requires_grad_() for leaf in (x, weight, bias)]
         whole = F.conv2d(x, weight, bias, **options)
-        rows = domain.Rows(height)
-        if whole.shape[2] < distributed.get_world_size():
-            with pytest.raises(ValueError, match="too few"):
-                domain.conv2d(rows.shard(x), rows, weight, bias, **options)
-            continue
-        part, outputs = domain.conv2d(rows.shard(x), rows, weight, bias, **options)
-        assert outputs.total == whole.shape[2]
-        worst = max(worst, float((part - outputs.shard(whole)).abs().max()))
-        pooled, outputs = domain.max_pool2d(rows.shard(x), rows, (3, 2), stride=(2, 2), padding=(1, 0))
-        assert torch.equal(pooled, outputs.shard(F.max_pool2d(x, (3, 2), (2, 2), (1, 0))))
+        expected = derivatives(whole.sin().sum(), leaves)
+        for tiles in tilings(size):
+            if whole.shape[2] < tiles.grid[0] or whole.shape[3] < tiles.grid[1]:
+                with pytest.raises(ValueError, match="too few"):
+                    domain.conv2d(tiles.shard(x), tiles, weight, bias, **options)
+                continue
+            image, *parameters = (used_in_parts(leaf) for leaf in leaves)
+            part, outputs = domain.conv2d(tiles.shard(image), tiles, *parameters, **options)
+            assert outputs.size == whole.shape[2:]
+            worst = max(worst, float((part - outputs.shard(whole)).detach().abs().max()))
+            found = derivatives(summed(part.sin().sum()), leaves)
+            worst = max(worst, *(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)))
+            pooled, outputs = domain.max_pool2d(tiles.shard(x), tiles, (3, 2), stride=(2, 2), padding=(1, 0))
+            assert torch.equal(pooled, outputs.shard(F.max_pool2d(x, (3, 2), (2, 2), (1, 0))))
     return worst
 
 
-def network(x, targets, leaves, height=None):
-    """Convolutions, batch norm, pooling and a head, of whole images, or, given their height, of this rank's rows of them."""
+def enlarged():
+    """Interpolation, divided and whole."""
+    worst = 0.0
+    x = data(2, 3, 9, 7).requires_grad_()
+    for mode, factor in itertools.product(("nearest", "bilinear"), ((2, 2), (3, 1), (4, 3))):
+        whole = F.interpolate(x, [9 * factor[0], 7 * factor[1]], mode=mode)
+        expected = derivatives(whole.sin().sum(), [x])
+        for tiles in tilings((9, 7)):
+            part, outputs = domain.upsample(tiles.shard(used_in_parts(x)), tiles, factor, mode)
+            worst = max(worst, float((part - outputs.shard(whole)).detach().abs().max()))
+            found = derivatives(summed(part.sin().sum()), [x])
+            worst = max(worst, *(float((one - other).abs().max()) for one, other in zip(found, expected, strict=True)))
+    return worst
+
+
+def network(x, targets, leaves, tiles=None):
+    """Convolutions, batch norm, pooling and a head, of whole images or of this rank's tile of them."""
     first, scale, shift, second, head = leaves
-    if height is None:
+    if tiles is None:
         x = F.conv2d(x, first, stride=2, padding=2).tanh()
         x = F.batch_norm(x, None, None, scale, shift, training=True)
         x = F.max_pool2d(x, (3, 3), (1, 1), (1, 1))
         x = F.conv2d(x, second, padding=(3, 1), dilation=(2, 1)).sigmoid()
         return F.cross_entropy(x.mean((2, 3)) @ head, targets)
     first, scale, shift, second = (used_in_parts(leaf) for leaf in (first, scale, shift, second))
-    rows = domain.Rows(height)
-    x, rows = domain.conv2d(rows.shard(x), rows, first, stride=(2, 2), padding=(2, 2))
-    x = domain.batch_norm2d(x.tanh(), rows, scale, shift)
-    x, rows = domain.max_pool2d(x, rows, (3, 3), stride=(1, 1), padding=(1, 1))
-    x, rows = domain.conv2d(x, rows, second, padding=(3, 1), dilation=(2, 1))
-    return F.cross_entropy(domain.mean_over_rows(x.sigmoid(), rows) @ head, targets)
+    norm = GlobalBatchNorm(6, affine=False, track_running_stats=False)
+    x, tiles = domain.conv2d(tiles.shard(x), tiles, first, stride=(2, 2), padding=(2, 2))
+    x = norm(x.tanh()) * scale.view(1, -1, 1, 1) + shift.view(1, -1, 1, 1)
+    x, tiles = domain.max_pool2d(x, tiles, (3, 3), stride=(1, 1), padding=(1, 1))
+    x, tiles = domain.conv2d(x, tiles, second, padding=(3, 1), dilation=(2, 1))
+    mean = summed(x.sigmoid().sum((2, 3))) / math.prod(tiles.size)
+    return F.cross_entropy(mean @ head, targets)
 
 
 def problem():
     leaves = [data(6, 3, 5, 5, seed=1), data(6, seed=2), data(6, seed=3), data(4, 6, 4, 3, seed=4), data(4, 5, seed=5)]
-    return data(3, 3, 19, 10), torch.tensor([0, 3, 4]), [leaf.requires_grad_() for leaf in leaves]
+    return data(3, 3, 19, 14), torch.tensor([0, 3, 4]), [leaf.requires_grad_() for leaf in leaves]
 
 
 def trained():
     x, targets, leaves = problem()
-    return derivatives(network(x, targets, leaves, height=19), leaves)
+    return [derivatives(network(x, targets, leaves, tiles), leaves) for tiles in tilings((19, 14))]
 
 
 def adjoint():
@@ -110,15 +145,66 @@ def group_of_two():
     """Rows divided within each of two groups, of which only one holds rank 0."""
     groups = [distributed.new_group([0, 1]), distributed.new_group([2, 3])]
     rank = distributed.get_rank()
-    rows = domain.Rows(9, groups[rank // 2])
+    tiles = Tiles.of_rows((9, 5), groups[rank // 2])
     x, weight = data(1, 2, 9, 5, seed=rank // 2), data(3, 2, 3, 3)
-    part, outputs = domain.conv2d(rows.shard(x), rows, weight, padding=(1, 1))
+    part, outputs = domain.conv2d(tiles.shard(x), tiles, weight, padding=(1, 1))
     return float((part - outputs.shard(F.conv2d(x, weight, padding=1))).abs().max())
 
 
-@pytest.mark.parametrize("ranks", [2, 3])
+@pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_windows_equal_those_of_whole_images(ranks):
-    assert max(run_on_ranks(windows, ranks)) < 1e-12
+    assert max(run_on_ranks(windows, ranks)) < 1e-11
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_interpolation_equals_that_of_whole_images(ranks):
+    assert max(run_on_ranks(enlarged, ranks)) < 1e-12
+
+
+def test_outputs_that_see_some_inputs_alone():
+    for kernel, stride, padding, dilation in itertools.product((1, 2, 3, 5), (1, 2, 3), (0, 1, 4), (1, 2)):
+        window = Window(kernel, stride, padding, dilation)
+        outputs, inputs = (0, window.outputs(20)), (4, 13)
+        seen = {one: window.seen((one, one + 1)) for one in range(*outputs)}
+        inside = [one for one, (start, end) in seen.items() if start >= 4 and end <= 13]
+        assert list(range(*window.within(outputs, inputs))) == inside
+
+
+def order_of_work():
+    """What happens in which order, in a forward pass, a backward pass, and one through that."""
+    events = []
+
+    class Watched(OverlappedFetch):
+        def send(self, blocks, exchanges):
+            events.append("sent")
+            super().send(blocks, exchanges)
+
+        def received(self):
+            events.append("received")
+            return super().received()
+
+    def pooled(x):
+        events.append(x.shape[2])
+        return x[:, :, :-2] + x[:, :, 1:-1] + x[:, :, 2:]
+
+    def spread(gradient):
+        events.append(gradient.shape[2] + 2)
+        return sum(F.pad(gradient, (0, 0, before, 2 - before)) for before in range(3))
+
+    tiles = Tiles.of_rows((16, 3))
+    with mock.patch.object(domain, "OverlappedFetch", Watched):
+        x = tiles.shard(data(1, 1, 16, 3)).requires_grad_()
+        part, _ = domain.windowed(x, tiles, (Window(3, 1, 1), Window(1)), lambda rows, _: linear_map(rows, pooled, spread))
+        (gradient,) = torch.autograd.grad(part.pow(3).sum(), x, create_graph=True)
+        torch.autograd.grad(gradient.sum(), x)
+    return events
+
+
+def test_messages_are_under_way_while_the_interior_is_computed():
+    for events in run_on_ranks(order_of_work, 2):
+        assert [events[first : first + 3] for first, event in enumerate(events) if event == "sent"] == [
+            ["sent", 8, "received"]
+        ] * 4
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
@@ -126,9 +212,9 @@ def test_a_network_has_the_loss_gradient_and_product_of_one_process(ranks):
     x, targets, leaves = problem()
     expected = derivatives(network(x, targets, leaves), leaves)
     results = run_on_ranks(trained, ranks)
-    for found, truth in itertools.chain.from_iterable(zip(result, expected, strict=True) for result in results):
+    for found, truth in itertools.chain.from_iterable(zip(one, expected, strict=True) for result in results for one in result):
         assert float((found - truth).abs().max()) < 1e-10 * max(1.0, float(truth.abs().max()))
-    assert all(torch.equal(one, other) for one, other in zip(results[0], results[-1], strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(results[0][0], results[-1][0], strict=True))
 
 
 def test_fetching_and_its_adjoint():

@@ -18,7 +18,7 @@ from tests.ranks import run_on_ranks
 
 
 class Net(nn.Module):
-    """Stride, dilation, an uneven height, batch norm in training mode, a residual sum, concatenation, pooling, a head."""
+    """Stride, dilation, an uneven size, batch norm in training mode, a residual sum, concatenation, resizing, a head."""
 
     def __init__(self):
         super().__init__()
@@ -26,6 +26,7 @@ class Net(nn.Module):
         self.norm = nn.BatchNorm2d(4)
         self.wide = nn.Conv2d(4, 4, (5, 3), padding=(4, 1), dilation=(2, 1))
         self.mix = nn.Conv2d(8, 5, 1, bias=False)
+        self.up = nn.Upsample(scale_factor=2, mode="bilinear")
         self.pool = nn.MaxPool2d(3, 2, 1)
         self.average = nn.AvgPool2d(2, 1)
         self.head = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
@@ -34,7 +35,7 @@ class Net(nn.Module):
         x = F.gelu(self.norm(self.stem(x)))
         x = x + 0.5 * torch.tanh(self.wide(x))
         x = self.mix(torch.cat([x, x.square()], dim=1))
-        x = self.average(self.pool(x))
+        x = self.average(self.pool(self.up(x)))
         return self.head(x.mean((2, 3)).view(x.size(0), -1))
 
 
@@ -88,7 +89,7 @@ class Block(nn.Module):
         return self.head(self.pair(x, x.square()).mean(1))
 
 
-CONVOLUTIONAL = ("stem", "norm", "wide", "mix", "pool", "average")
+CONVOLUTIONAL = ("stem", "norm", "wide", "mix", "up", "pool", "average")
 CASES = {
     "batch": (Net, {}),
     "domain": (Net, dict.fromkeys(CONVOLUTIONAL, "domain")),
@@ -128,12 +129,12 @@ def distribute(whole, parameter):
     return distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
-def laid_out(name, shared):
+def laid_out(name, shared, tiles=None):
     """Loss, gradients, products and running moments, summed over the ranks that they are parts on."""
     kind, layouts = CASES[name]
     model, x, targets = problem(kind)
     mesh = init_device_mesh("cpu", (distributed.get_world_size() // shared, shared), mesh_dim_names=("batch", "shared"))
-    network = LaidOut(model, layouts, mesh)
+    network = LaidOut(model, layouts, mesh, tiles=tiles)
     groups, group = mesh.size(0), mesh.get_local_rank("batch")
     first, last = 9 * group // groups, 9 * (group + 1) // groups
     start, stop = network.own_examples(last - first)
@@ -274,7 +275,12 @@ def test_the_planner_knows_every_byte_on_the_wire(ranks, shared):
 
 
 def all_cases(shared):
-    return {name: laid_out(name, shared) for name in CASES}
+    """As `CASES` says, and with images divided otherwise than by rows."""
+    found = {(name, None): laid_out(name, shared) for name in CASES}
+    found["domain", (1, shared)] = laid_out("domain", shared, (1, shared))
+    if distributed.get_world_size() == 4:
+        found["domain", (2, 2)] = laid_out("domain", 4, (2, 2))
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -297,9 +303,10 @@ def expected():
 def test_layouts_are_exact(expected, ranks, shared):
     """Value, gradient, Hessian-vector product and batch norm's moments, on 1 x 2 and 2 x 2 ranks."""
     for rank in run_on_ranks(all_cases, ranks, shared):
-        for name, found in rank.items():
+        for (name, tiles), found in rank.items():
             assert found.keys() == expected[name].keys()
             for what, tensor in found.items():
+                at = f"{name} {tiles}: {what}"
                 torch.testing.assert_close(
-                    tensor, expected[name][what], rtol=1e-10, atol=1e-10, msg=lambda text, at=f"{name}: {what}": f"{at}: {text}"
+                    tensor, expected[name][what], rtol=1e-10, atol=1e-10, msg=lambda text, at=at: f"{at}: {text}"
                 )

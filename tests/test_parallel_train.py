@@ -70,7 +70,7 @@ LAID_OUT = {  # on 1 x 2 or 2 x 2 ranks; each is to equal the run of this name
     "model": ({"mesh": "batch={},model=2"}, "plain"),
     "domain": ({"mesh": "batch={},domain=2", "accumulate": 2, "weight_decay": 1e-2}, "weight decay, accumulated"),
     "model, clipped": ({"mesh": "batch={},model=2", "clip": 0.1, "label_smoothing": 0.1}, "clipped, smooth"),
-    "domain, augmented": ({"mesh": "batch={},domain=2", "mixup": 0.4, "flip": True, "shift": 2}, "augmented"),
+    "domain, augmented": ({"mesh": "batch={},domain=1x2", "mixup": 0.4, "flip": True, "shift": 2}, "augmented"),
     "model, averaged": ({"mesh": "batch={},model=2"} | CONFIGS["adamw, averaged"], "adamw, averaged"),
     "planned": ({"plan": "auto", "beta": 1e-5}, "plain"),
 }

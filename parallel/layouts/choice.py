@@ -1,7 +1,7 @@
 """Which layout each layer of a task's network takes: what a mesh asks for, or the planner's best."""
 
-from collections.abc import Mapping
-from dataclasses import replace
+import math
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -12,23 +12,39 @@ from parallel.layer_shape import LayerShape, describe
 from parallel.layouts.network import divides_channels, divides_rows
 from parallel.planner import plan
 
-MESH = ("batch", "model", "domain")
+
+@dataclass(frozen=True)
+class Mesh:
+    """How many groups share the batch, and how many ranks of a group share a model, or the tiles of images."""
+
+    batch: int
+    model: int = 1
+    tiles: tuple[int, int] = (1, 1)
+
+    @property
+    def shared(self) -> int:
+        """Ranks of a group."""
+        return self.model * math.prod(self.tiles)
 
 
-def read_mesh(text: str, world_size: int) -> dict[str, int]:
-    """`batch=2,model=2,domain=1` as ranks by dimension; what is left out is 1. ValueError for one that is not this world's."""
-    found = dict.fromkeys(MESH, 1)
+def read_mesh(text: str, world_size: int) -> Mesh:
+    """`batch=2,model=2,domain=1`; what is left out is 1, and `domain=2x2` divides height and width. ValueError for one that is
+    not this world's."""
+    found: dict[str, tuple[int, ...]] = {"batch": (1,), "model": (1,), "domain": (1,)}
     for part in text.split(","):
-        name, _, number = part.partition("=")
-        if name not in found or not number.isdecimal() or int(number) < 1:
-            raise ValueError(f"--mesh {text}: {part!r} is none of batch=N, model=N and domain=N")
-        found[name] = int(number)
-    ranks = found["batch"] * found["model"] * found["domain"]
+        name, _, numbers = part.partition("=")
+        sizes = tuple(int(number) if number.isdecimal() else 0 for number in numbers.split("x"))
+        if name not in found or 0 in sizes or len(sizes) > (2 if name == "domain" else 1):
+            raise ValueError(f"--mesh {text}: {part!r} is none of batch=N, model=N, domain=N and domain=NxN")
+        found[name] = sizes
+    rows, columns = (*found["domain"], 1)[:2]
+    mesh = Mesh(found["batch"][0], found["model"][0], (rows, columns))
+    ranks = mesh.batch * mesh.shared
     if ranks != world_size:
         raise ValueError(f"--mesh {text} has {ranks} ranks, and there are {world_size}: the product must be {world_size}")
-    if found["model"] > 1 and found["domain"] > 1:
+    if 1 < mesh.model < mesh.shared:
         raise ValueError(f"--mesh {text}: either model or domain can be more than 1; --plan auto mixes both on one dimension")
-    return found
+    return mesh
 
 
 def shapes(model: nn.Module, example: Any) -> list[LayerShape]:
@@ -38,20 +54,24 @@ def shapes(model: nn.Module, example: Any) -> list[LayerShape]:
     for layer in describe(model, example):
         module = modules[layer.name]
         if not divides_rows(module):
-            layer = replace(layer, rows_in=1, rows_out=1, kernel_rows=1)
+            layer = replace(layer, rows_in=1, rows_out=1, kernel_rows=1, columns=1)
         found.append(layer if divides_channels(module) else replace(layer, channels=0))
     return found
 
 
-def for_mesh(model: nn.Module, example: Any, mesh: Mapping[str, int], batch_size: int) -> dict[str, Layout]:
+def for_mesh(model: nn.Module, example: Any, mesh: Mesh, batch_size: int) -> dict[str, Layout]:
     """The layouts that a mesh asks for: `model`, every layer that has channels for all; `domain`, the layers from the first on
-    whose rows can be divided among all; batch for the rest."""
-    grid = Grid(mesh["model"] * mesh["domain"], mesh["batch"])
-    layout: Layout = "model" if mesh["model"] > 1 else "domain"
+    whose images can be divided among all; batch for the rest."""
     layers = shapes(model, example)
-    reasons = {layer.name: obstacle(layer, layout, grid, batch_size) for layer in layers}
-    if layout == "model":
-        return {name: "batch" if reason else "model" for name, reason in reasons.items()}
+    if mesh.model > 1:
+        grid = Grid(mesh.model, mesh.batch)
+        return {layer.name: "batch" if obstacle(layer, "model", grid, batch_size) else "model" for layer in layers}
+    rows, columns = mesh.tiles
+    reasons = {}
+    for layer in layers:
+        reasons[layer.name] = obstacle(layer, "domain", Grid(rows, mesh.batch), batch_size)
+        if layer.columns < columns:
+            reasons[layer.name] = f"{layer.name!r} has {layer.columns} columns for {columns} ranks"
     found: dict[str, Layout] = {}
     for name, reason in reasons.items():
         if reason:
@@ -59,7 +79,7 @@ def for_mesh(model: nn.Module, example: Any, mesh: Mapping[str, int], batch_size
         found[name] = "domain"
     if not found:
         name, reason = next(iter(reasons.items()))
-        raise ValueError(f"--mesh domain={mesh['domain']}: the first layer cannot be divided: {reason or name}")
+        raise ValueError(f"--mesh domain={rows}x{columns}: the first layer cannot be divided: {reason or name}")
     return found
 
 

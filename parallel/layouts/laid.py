@@ -1,7 +1,7 @@
 """Activations that know how they are divided among the ranks of a group, and change it where an operation needs it.
 
-Three layouts of the N examples that a group has: `batch`, every rank has some of the examples; `domain`, every rank has some
-rows of all images; `model`, every rank has all. An operation on activations keeps their layout where it works element by
+Three layouts of the N examples that a group has: `batch`, every rank has some of the examples; `domain`, every rank has a tile
+of all images; `model`, every rank has all. An operation on activations keeps their layout where it works element by
 element; elsewhere activations are laid out anew first, as the next layer wants them, by `batch` if nothing is known of it, in
 which whatever treats examples alike is right.
 """
@@ -18,6 +18,7 @@ from torch.utils import _pytree as tree
 
 from parallel.halo import Block, Exchange, fetch, partition
 from parallel.layer_cost import Layout
+from parallel.layouts.domain import Pair, Tiles
 from parallel.layouts.replicated import gathered, sliced
 
 _ELEMENTWISE: frozenset[Callable[..., Any]] = frozenset(
@@ -65,24 +66,30 @@ _SHAPE = (torch.Tensor.shape.__get__, torch.Tensor.size)  # type: ignore[attr-de
 
 @dataclass(frozen=True)
 class Division:
-    """How activations are divided. examples: N of the group. rows: of the whole image, for `domain`. otherwise: the layout that
-    they take where an operation cannot be done on rows."""
+    """How activations are divided. examples: N of the group. grid: of tiles, where images are divided. size: (height, width) of
+    whole images, for `domain`. otherwise: the layout that they take where an operation cannot be done on tiles."""
 
     layout: Layout
     examples: int
     group: ProcessGroup | None
-    rows: int = 0
+    grid: Pair
+    size: Pair = (0, 0)
     otherwise: Layout = "batch"
 
     def blocks(self) -> tuple[Block, ...]:
-        """Each rank's (examples, rows)."""
+        """Each rank's (examples, rows, columns)."""
         ranks = distributed.get_world_size(self.group)
-        everything = (0, self.examples)
+        everything, image = (0, self.examples), ((0, self.size[0]), (0, self.size[1]))
         if self.layout == "batch":
-            return tuple((own, (0, self.rows)) for own in partition(self.examples, ranks))
+            return tuple((own, *image) for own in partition(self.examples, ranks))
         if self.layout == "domain":
-            return tuple((everything, own) for own in partition(self.rows, ranks))
-        return ((everything, (0, self.rows)),) * ranks
+            return tuple((everything, *own) for own in self.tiles.blocks())
+        return ((everything, *image),) * ranks
+
+    @property
+    def tiles(self) -> Tiles:
+        """Of images laid out by domain."""
+        return Tiles(self.size, self.grid, self.group)
 
 
 class Laid(torch.Tensor):
@@ -108,27 +115,29 @@ class Laid(torch.Tensor):
         if before.layout == layout:
             return self
         part = self.part
-        by_rows = "domain" in (before.layout, layout)
-        rows = before.rows or (part.shape[2] if part.dim() > 2 else 0)
-        if by_rows and part.dim() != 4:
+        by_tiles = "domain" in (before.layout, layout)
+        if by_tiles and part.dim() != 4:
             raise ValueError(f"a tensor of {part.dim()} dimensions has no rows to divide: lay this layer out by batch or model")
-        examples, _ = before.blocks()[distributed.get_rank(before.group)]
+        size = before.size
+        if by_tiles and before.layout != "domain":
+            size = (part.shape[2], part.shape[3])
+        examples, *_ = before.blocks()[distributed.get_rank(before.group)]
         if part.shape[0] != examples[1] - examples[0]:
             raise ValueError(
                 f"a tensor of shape {tuple(part.shape)} does not have its {examples[1] - examples[0]} examples first: the "
                 "model moves or mixes them, and can be laid out by batch alone (leave out --mesh and --plan)"
             )
-        dims = (0, 2) if by_rows else (0,)
-        old = replace(before, rows=rows)
-        new = Division(layout, before.examples, before.group, rows)
-        cut = (lambda blocks: blocks) if by_rows else (lambda blocks: tuple(block[:1] for block in blocks))
+        dims = (0, 2, 3) if by_tiles else (0,)
+        old = replace(before, size=size)
+        new = Division(layout, before.examples, before.group, before.grid, size)
+        cut = (lambda blocks: blocks) if by_tiles else (lambda blocks: tuple(block[:1] for block in blocks))
         if before.layout == "model":
             moved = sliced(part, Exchange(cut(new.blocks()), cut(old.blocks()), dims, before.group))
         elif layout == "model":
             moved = gathered(part, Exchange(cut(old.blocks()), cut(new.blocks()), dims, before.group))
         else:
             moved = fetch(part, Exchange(cut(old.blocks()), cut(new.blocks()), dims, before.group))
-        return Laid.of(moved, replace(new, rows=rows if layout == "domain" else 0))
+        return Laid.of(moved, replace(new, size=size if layout == "domain" else (0, 0)))
 
     @classmethod
     def __torch_function__(
@@ -141,8 +150,8 @@ class Laid(torch.Tensor):
                 return func(*args, **kwargs)
             laid = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, Laid)]
             division = laid[0].division
-            if division.layout == "domain" and func not in _SHAPE and not _keeps_rows(func, args, kwargs):
-                division = replace(division, layout=division.otherwise, rows=0)
+            if division.layout == "domain" and func not in _SHAPE and not _keeps_tiles(func, args, kwargs):
+                division = replace(division, layout=division.otherwise, size=(0, 0))
             if division.layout == "model" and any(_is_weight(value) for value in tree.tree_leaves((args, kwargs))):
                 division = replace(division, layout="batch")  # weights outside a layer: gradients are parts of a sum
             layout = division.layout
@@ -167,24 +176,24 @@ def _is_weight(value: Any) -> bool:
     return isinstance(value, torch.Tensor) and not isinstance(value, Laid) and value.requires_grad
 
 
-def _keeps_rows(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Whether an operation can be done on rows as if they were all: element by element, or a concatenation of channels."""
+def _keeps_tiles(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
+    """Whether an operation can be done on tiles as if they were all: element by element, or a concatenation of channels."""
     if func is torch.cat:
         dim = kwargs.get("dim", args[1] if len(args) > 1 else 0)
         return dim in (1, -3) and all(isinstance(part, Laid) for part in args[0])
     if func not in _ELEMENTWISE:
         return False
     others = [value for value in tree.tree_leaves((args, kwargs)) if isinstance(value, torch.Tensor)]
-    return all(isinstance(value, Laid) or value.dim() < 2 or value.shape[-2] == 1 for value in others)
+    return all(isinstance(value, Laid) or value.numel() == 1 or set(value.shape[-2:]) == {1} for value in others)
 
 
 def _whole_shape(result: Any, division: Division, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-    """A shape as the user's code expects it: with all examples and rows."""
+    """A shape as the user's code expects it: with all examples, rows and columns."""
     part = args[0]
     shape = list(part.shape)
     shape[0] = division.examples
     if division.layout == "domain":
-        shape[2] = division.rows
+        shape[2:] = division.size
     if isinstance(result, torch.Size):
         return torch.Size(shape)
     return shape[kwargs.get("dim", args[1] if len(args) > 1 else 0)]

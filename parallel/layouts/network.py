@@ -2,7 +2,8 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 import torch
 from torch import distributed, nn
@@ -26,20 +27,29 @@ class LaidOut(nn.Module):
     """`model` with the layers of `layouts` (module name to layout) divided among the ranks of mesh["shared"].
 
     mesh: of two dimensions, "batch" and "shared"; the ranks of a shared group have the same examples, N of them, and each
-    returns the outputs of its own (`own_examples`). Layers with weights that are not named are laid out by batch, those without
-    keep the layout of what they are given. Weights of `model` layers become DTensors, divided by output channels;
-    all others stay whole, and their gradients are those of this rank's part of the work: `gradient_group` says over which ranks
-    each must be summed. The model itself is changed. Collective.
+    returns the outputs of its own (`own_examples`). tiles: how many along height and width `domain` layers divide images into,
+    whose product is the size of a shared group; rows alone by default. Layers with weights that are not named are laid out by
+    batch, those without keep the layout of what they are given. Weights of `model` layers become DTensors, divided by output
+    channels; all others stay whole, and their gradients are those of this rank's part of the work: `gradient_group` says over
+    which ranks each must be summed. The model itself is changed. Collective.
 
     Raises ValueError for a layer that cannot be laid out as asked, naming it and what it can be.
     """
 
-    def __init__(self, model: nn.Module, layouts: Mapping[str, Layout], mesh: DeviceMesh) -> None:
+    def __init__(
+        self, model: nn.Module, layouts: Mapping[str, Layout], mesh: DeviceMesh, *, tiles: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         if mesh.size() != distributed.get_world_size():
             raise ValueError(f"the mesh has {mesh.size()} of {distributed.get_world_size()} ranks: it must have all")
         self.mesh, self.layouts = mesh, dict(layouts)
         self.group = mesh["shared"].get_group()
+        ranks = distributed.get_world_size(self.group)
+        self.tiles = (ranks, 1) if tiles is None else tiles
+        if math.prod(self.tiles) != ranks:
+            raise ValueError(
+                f"images in {self.tiles[0]} x {self.tiles[1]} tiles for {ranks} ranks: the product must be {ranks}"
+            )
         self.model = globalize(model, None)
         self._within_model: set[str] = set()
         modules = dict(self.model.named_modules())
@@ -58,7 +68,7 @@ class LaidOut(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """The outputs of this rank's examples; `inputs` are all examples of the group."""
-        whole = Laid.of(inputs, Division("model", len(inputs), self.group))
+        whole = Laid.of(inputs, Division("model", len(inputs), self.group, self.tiles))
         outputs = self.model(whole)
         if not isinstance(outputs, Laid):
             raise TypeError(f"the model returns a {type(outputs).__name__}, not one tensor computed from its input")
@@ -75,7 +85,7 @@ class LaidOut(nn.Module):
             assert isinstance(module, nn.Linear | nn.Conv1d | nn.Conv2d | nn.Conv3d)
             forward = self._channels(name, module)
         elif layout == "domain":
-            forward = self._rows(name, module)
+            forward = self._tiles(name, module)
         else:
             if isinstance(module, GlobalBatchNorm) and layout == "model":
                 module.group = self.mesh["batch"].get_group()
@@ -114,21 +124,21 @@ class LaidOut(nn.Module):
 
         return forward
 
-    def _rows(self, name: str, module: nn.Module) -> Callable[[Any], Any]:
-        """Halo exchange: every rank computes some rows of all examples."""
+    def _tiles(self, name: str, module: nn.Module) -> Callable[[Any], Any]:
+        """Halo exchange: every rank computes a tile of all examples."""
         if isinstance(module, GlobalBatchNorm):
-            return _on_parts(module.forward)  # moments over all ranks' rows are those of all images
+            return _on_parts(module.forward)  # moments over all ranks' tiles are those of all images
         following = list(self.layouts.values())[list(self.layouts).index(name) + 1 :]
         otherwise: Layout = next((layout for layout in following if layout != "domain"), "batch")
         if not divides_rows(module):
             raise ValueError(f"{name!r} is a {type(module).__name__}, whose rows cannot be divided: lay it out by batch")
 
         def forward(x: Laid) -> Laid:
-            rows = domain.Rows(x.division.rows, self.group)
+            tiles = x.division.tiles
             if isinstance(module, nn.Conv2d):
                 y, after = domain.conv2d(
                     x.part,
-                    rows,
+                    tiles,
                     module.weight,
                     module.bias,
                     stride=_pair(module.stride),
@@ -138,14 +148,16 @@ class LaidOut(nn.Module):
                 )
             elif isinstance(module, nn.MaxPool2d):
                 y, after = domain.max_pool2d(
-                    x.part, rows, _pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding)
+                    x.part, tiles, _pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding)
                 )
+            elif isinstance(module, nn.Upsample):
+                y, after = domain.upsample(x.part, tiles, _factor(module), module.mode)  # type: ignore[arg-type]  # one of both
             else:
                 assert isinstance(module, nn.AvgPool2d)
                 y, after = domain.avg_pool2d(
-                    x.part, rows, _pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding)
+                    x.part, tiles, _pair(module.kernel_size), stride=_pair(module.stride), padding=_pair(module.padding)
                 )
-            return Laid.of(y, Division("domain", x.division.examples, x.division.group, after.total, otherwise))
+            return Laid.of(y, replace(x.division, size=after.size, otherwise=otherwise))
 
         return forward
 
@@ -173,6 +185,8 @@ def divides_rows(module: nn.Module) -> bool:
     if isinstance(module, nn.AvgPool2d):
         simple = not module.ceil_mode and module.divisor_override is None
         return simple and (bool(module.count_include_pad) or _pair(module.padding) == (0, 0))
+    if isinstance(module, nn.Upsample):
+        return module.mode in get_args(domain.Interpolation) and not module.align_corners and all(_factor(module))
     return isinstance(module, nn.BatchNorm2d | GlobalBatchNorm)
 
 
@@ -190,6 +204,14 @@ def _padding(module: nn.Conv2d) -> tuple[int, int]:
             raise ValueError("padding='same' of an even kernel is not the same on both sides: lay this layer out by batch")
         return reach[0] // 2, reach[1] // 2
     return (0, 0) if module.padding == "valid" else _pair(module.padding)
+
+
+def _factor(module: nn.Upsample) -> tuple[int, int]:
+    """How many times height and width become larger; (0, 0) where that is no whole number, or not known."""
+    factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,) * 2
+    if any(one is None or one != int(one) for one in factors):
+        return 0, 0
+    return _pair(factors)
 
 
 def _pair(value: Any) -> tuple[int, int]:
