@@ -5,21 +5,27 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented all the same
 from torch.distributed.rendezvous import rendezvous
 
+_Value = TypeVar("_Value")
+
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
 
 
 class RankLostError(RuntimeError):
     """Other ranks wait for one that does not answer; the text names it."""
+
+
+class FirstRankError(RuntimeError):
+    """Rank 0 failed, and says why itself."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +48,26 @@ class Processes:
         if self.world_size > 1:
             for tensor in model.state_dict(keep_vars=True).values():
                 distributed.broadcast(tensor.detach(), 0)
+
+    def on_first(self, compute: Callable[[], _Value]) -> _Value:
+        """Collective: what `compute` returns on rank 0, which alone calls it; its error is raised there, and FirstRankError on
+        the others. Picklable values."""
+        outcome: list[Any] = [None, None]
+        failure: Exception | None = None
+        if self.rank == 0:
+            try:
+                outcome = [compute(), None]
+            except Exception as error:
+                failure, outcome = error, [None, str(error)]
+        if self.world_size > 1:
+            distributed.broadcast_object_list(outcome)
+        if failure is not None:
+            raise failure
+        value, text = outcome
+        if text is not None:
+            raise FirstRankError(text)
+        result: _Value = value
+        return result
 
     def introduce(self) -> None:
         """Let the others know where this rank runs."""

@@ -12,7 +12,7 @@ from parallel.communication import AlphaBeta
 from parallel.laid_out_replica import LaidOutReplica
 from parallel.layer_cost import Layout
 from parallel.layouts.choice import Mesh, for_mesh, planned, read_mesh
-from parallel.replica import Replica
+from parallel.replica import Replica, has_unused_parameters
 from parallel.train_options import Config
 
 logger = logging.getLogger(__name__)
@@ -36,7 +36,8 @@ def arranged(model: nn.Module, example: Any, config: Config, processes: Processe
         layouts = for_mesh(model, example, sizes, config.batch_size)
     if sizes.shared == 1:
         mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("batch",))
-        replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global")
+        unused = ranks > 1 and has_unused_parameters(model, example)
+        replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global", some_unused=unused)
         return replica, ranks, processes.rank
     if config.batch_norm != "global":
         raise ValueError("--batch-norm local: layers that share ranks by model or domain have moments of the whole batch alone")

@@ -15,6 +15,7 @@ from hessian.operators.gauss_newton import GaussNewton
 from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection
 from hessian.split_data import SplitObjective
+from parallel.coupled import CoupledObjective, couples_examples
 from parallel.gathered import Gathered, is_fully_sharded
 from parallel.laid_out_curvature import LaidOutGaussNewton, LaidOutHessian, LaidOutObjective
 from parallel.layouts.network import LaidOut
@@ -69,7 +70,8 @@ def objective(
         raise TypeError(f"parameter {name!r} is in parts on several ranks: use parallel.curvature.hessian or gauss_newton")
     if not distributed.is_initialized():
         return Objective(model, loss, data, micro_batch=micro_batch)
-    return SplitObjective(model, loss, data, group=group, micro_batch=micro_batch)
+    kind = CoupledObjective if couples_examples(model) else SplitObjective
+    return kind(model, loss, data, group=group, micro_batch=micro_batch)
 
 
 def _operator(

@@ -13,6 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
+from hessian.objective import tensors_of
+from hessian.structure import reachable_parameters
 from parallel.layouts.batch_norm import globalize
 
 # whether rank 0's buffers go to all before a pass; renamed in torch 2.13
@@ -24,21 +26,30 @@ _BUFFERS = (
 class Replica:
     """A model, the same on all ranks, whose gradients are summed over those that share the batch. Collective.
 
-    sum_gradients: what a loss must be multiplied by so that gradients of all ranks add up.
+    sum_gradients: what a loss must be multiplied by so that gradients of all ranks add up. some_unused: parameters may get no
+    gradient.
     """
 
-    def __init__(self, model: nn.Module, mesh: DeviceMesh, *, shard: bool = False, global_batch_norm: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        mesh: DeviceMesh,
+        *,
+        shard: bool = False,
+        global_batch_norm: bool = True,
+        some_unused: bool = False,
+    ) -> None:
         group = mesh.get_group()
         ranks = mesh.size()
         if ranks > 1 and global_batch_norm:
-            model = globalize(model, group)
+            globalize(model, group)
         self.model, self.sum_gradients = model, float(ranks)  # for DDP and FSDP2 divide the sum by the ranks
         self._call: nn.Module = model
         if shard:
             for module in [*blocks(model), model]:
                 fully_shard(module, mesh=mesh)
         elif ranks > 1:
-            options: dict[str, Any] = {_BUFFERS: not global_batch_norm}
+            options: dict[str, Any] = {_BUFFERS: not global_batch_norm, "find_unused_parameters": some_unused}
             self._call = DistributedDataParallel(model, process_group=group, init_sync=False, **options)
 
     def __call__(self, inputs: Any) -> Any:
@@ -81,6 +92,19 @@ class Replica:
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, each rank's own parts; they change with the model."""
         return {name: tensor.detach() for name, tensor in self.model.state_dict(keep_vars=True).items()}
+
+
+def has_unused_parameters(model: nn.Module, example: Any) -> bool:
+    """Whether there are parameters that the outputs do not depend on. example: a batch of one input."""
+    modes = {module: module.training for module in model.modules()}
+    parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
+    try:
+        with torch.random.fork_rng(), torch.enable_grad():
+            total = sum(tensor.float().sum() for tensor in tensors_of(model.eval()(example)) if tensor.requires_grad)
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    return isinstance(total, torch.Tensor) and len(reachable_parameters(total, parameters)) < len(parameters)
 
 
 def local_part(tensor: Any) -> torch.Tensor:

@@ -19,7 +19,7 @@ from tqdm.auto import tqdm
 import hessian
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
-from hessian.processes import Processes, RankLostError, joined, leave
+from hessian.processes import FirstRankError, Processes, RankLostError, joined, leave
 from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
 from parallel.metrics import Metrics, without_nan
 from parallel.replica import whole
@@ -132,16 +132,13 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     config.check()
     processes.agree(config.to_dict() | {"torch": torch.__version__})
     resuming = config.resume or _is_restart(config.out, processes)
-    if processes.rank == 0:
-        _check_folder(config, resuming)
+    processes.on_first(lambda: _check_folder(config, resuming))
     torch.manual_seed(config.seed)
     task = hessian.load_task(config.task, config.weights, pretrained=False)
     processes.broadcast(task.model)
     trainer = Trainer(task, config, processes)
-    if processes.rank == 0:
-        check_space(config.out, (config.keep + 1) * _state_bytes(trainer))
-        write_atomically(config.out / _LAUNCH, _launcher())
-    distributed.barrier()
+    needed = (config.keep + 1) * _state_bytes(trainer)
+    processes.on_first(lambda: _prepare_folder(config.out, needed))
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     run = Run(trainer, checkpoints, None)
     if resuming:
@@ -176,12 +173,8 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
 
 def _is_restart(folder: Path, processes: Processes) -> bool:
     """Whether torchrun started this run before, in this folder: a folder that was refused then is refused again."""
-    is_ours = [False]
-    if processes.rank == 0 and processes.restarts > 0:
-        path = folder / _LAUNCH
-        is_ours = [path.is_file() and path.read_text() == _launcher()]
-    distributed.broadcast_object_list(is_ours)
-    return is_ours[0]
+    path = folder / _LAUNCH
+    return processes.restarts > 0 and processes.on_first(lambda: path.is_file() and path.read_text() == _launcher())
 
 
 def _launcher() -> str:
@@ -220,6 +213,11 @@ def _check_folder(config: Config, resuming: bool) -> None:
             path.unlink()  # no checkpoint of the run before counts any more
 
 
+def _prepare_folder(folder: Path, needed: int) -> None:
+    check_space(folder, needed)
+    write_atomically(folder / _LAUNCH, _launcher())
+
+
 def _state_bytes(trainer: Trainer) -> int:
     """What a checkpoint will take: the model's tensors, two for the optimizer, one for an average."""
     copies = 3 + (trainer.average is not None)
@@ -250,6 +248,8 @@ def run(config: Config, stdout: TextIO) -> int:
     except KeyboardInterrupt:
         print(f"\ninterrupted: --resume goes on from the newest checkpoint in {config.out}", file=sys.stderr)
         return 1
+    except FirstRankError:
+        return 2
     except Exception as error:
         if config.debug:
             traceback.print_exc()

@@ -17,6 +17,7 @@ from hessian.__main__ import analyse
 from hessian.processes import Processes
 from hessian.report_options import Options
 from parallel import curvature
+from parallel.layouts.batch_norm import globalize
 from tests.ranks import run_on_ranks
 
 IGNORED = nn.CrossEntropyLoss(ignore_index=1)
@@ -84,6 +85,41 @@ def distributed_estimates():
         estimates(curvature.hessian(linear, IGNORED, part(images, targets))),
         [own.space.random(2, kind) for kind in ("rademacher", "normal")],
     ]
+
+
+def normalised(groups=1):
+    """Two batches of a network with batch norm in training mode, shared 4 to 3 and 1 to 3 by two ranks."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 2), nn.BatchNorm2d(3), nn.Tanh(), nn.Flatten(), nn.Linear(12, 3)).double()
+    _, _, _, x, targets = problem()
+    batches = [(x[:7], targets[:7]), (x[7:], targets[7:])]
+    if groups == 1:
+        return model, batches
+    globalize(model, None)
+    rank = distributed.get_rank()
+    cuts = [[slice(0, 4), slice(4, 7)], [slice(0, 1), slice(1, 4)]]
+    return model, [tuple(tensor[cut[rank]] for tensor in batch) for batch, cut in zip(batches, cuts, strict=True)]
+
+
+def normalised_curvature():
+    model, batches = normalised(2)
+    found = []
+    for make in (curvature.hessian, curvature.gauss_newton):
+        operator = make(model, nn.CrossEntropyLoss(), batches)
+        found.append((operator.to_dense(), operator.gradient(), torch.tensor(operator.loss_and_gradient()[0]).double()))
+    with pytest.raises(ValueError, match="give all as many"):
+        curvature.hessian(model, nn.CrossEntropyLoss(), batches[distributed.get_rank() :])
+    return found
+
+
+def test_a_global_batch_norm_in_training_mode():
+    model, batches = normalised()
+    for rank in run_on_ranks(normalised_curvature, 2):
+        for make, found in zip((hessian.Hessian, hessian.GaussNewton), rank, strict=True):
+            operator = make(model, nn.CrossEntropyLoss(), batches)
+            expected = (operator.to_dense(), operator.gradient(), torch.tensor(operator.loss_and_gradient()[0]).double())
+            for one, other in zip(found, expected, strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])

@@ -17,8 +17,10 @@ from torch.distributed import HashStore
 from torch.nn import functional as F
 
 import hessian
-from hessian.processes import Processes, joined
+from hessian.processes import FirstRankError, Processes, joined
 from parallel.checkpoint import Checkpoints
+from parallel.layouts.batch_norm import globalize
+from parallel.layouts.replicated import summed
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train import train
@@ -193,16 +195,14 @@ def test_checkpoints_go_on_on_any_number_of_ranks(one_process, tmp_path):
 
 def moments():
     """Outputs, running moments, gradients and second derivatives of a global batch norm; examples divided 5 and 2."""
-    from parallel.layouts.batch_norm import globalize
-    from parallel.layouts.replicated import summed
-
     torch.manual_seed(0)
     x = torch.randn(7, 3, 4, dtype=torch.float64)
     norm = nn.BatchNorm1d(3).double()
     start, stop = [(0, 5), (5, 7)][distributed.get_rank()] if distributed.get_world_size() > 1 else (0, 7)
     with torch.no_grad():
         norm.weight.copy_(torch.tensor([1.0, 2.0, -1.0]))
-    norm = globalize(norm, None) if distributed.get_world_size() > 1 else norm
+    if distributed.get_world_size() > 1:
+        globalize(norm, None)
     own = x[start:stop].requires_grad_()
     loss = summed((norm(own) ** 3).sum())
     first = torch.autograd.grad(loss, own, retain_graph=True)[0]
@@ -219,6 +219,52 @@ def test_global_batch_norm_can_be_differentiated_twice():
         torch.testing.assert_close(torch.cat([rank[index] for rank in found]), expected[index], rtol=1e-10, atol=1e-10)
     for index in (3, 4):
         torch.testing.assert_close(found[1][index], expected[index], rtol=1e-12, atol=1e-12)
+
+
+def test_batch_norms_that_do_more_are_not_replaced():
+    class Activated(nn.BatchNorm2d):
+        def forward(self, x):
+            return super().forward(x).relu()
+
+    with pytest.raises(ValueError, match=r"'1' is a Activated.*--batch-norm local"):
+        globalize(nn.Sequential(nn.Conv2d(1, 2, 1), Activated(2)), None)
+    norm, seen = nn.BatchNorm2d(2), []
+    norm.register_forward_hook(lambda *_: seen.append(True))
+    globalize(norm, None)
+    norm.eval()(torch.zeros(1, 2, 1, 1))
+    assert seen == [True]
+
+
+def with_unused():
+    one = trainer(**CONFIGS["plain"])
+    task = small()
+    task.model.spare = nn.Linear(2, 2, bias=False).double()
+    nn.init.ones_(task.model.spare.weight)
+    task.model.forward = lambda x: nn.Sequential(*list(task.model)[:-1])(x)
+    return outcome(Trainer(task, one.config, one.processes), 3)
+
+
+def test_parameters_that_outputs_do_not_depend_on():
+    with joined():
+        expected = with_unused()
+    for rank in run_on_ranks(with_unused, 2):
+        assert_same(rank, expected)
+
+
+def refused_by_the_first():
+    processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
+    assert processes.on_first(distributed.get_rank) == 0
+    kind = ValueError if processes.rank == 0 else FirstRankError
+    with pytest.raises(kind, match="a reason"):
+        processes.on_first(fail)
+
+
+def fail():
+    raise ValueError("a reason")
+
+
+def test_errors_of_the_first_rank_are_those_of_all():
+    run_on_ranks(refused_by_the_first, 2)
 
 
 def test_a_loss_that_is_not_finite_rolls_back(tmp_path):

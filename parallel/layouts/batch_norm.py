@@ -7,7 +7,7 @@ with :math:`\mu, v` and the bars means over all examples and positions of all ra
 forward (each rank's count, mean and variance, combined as Chan, Golub & LeVeque do, 1979), one backward.
 """
 
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import distributed, nn
@@ -22,21 +22,18 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
 
     group: ProcessGroup | None = None
 
-    @classmethod
-    def of(cls, module: nn.modules.batchnorm._BatchNorm, group: ProcessGroup | None) -> Self:
-        """`module` with its own parameters and buffers, over `group`."""
-        result = cls(module.num_features, module.eps, module.momentum, module.affine, module.track_running_stats)
-        result._parameters, result._buffers, result.training = module._parameters, module._buffers, module.training
-        result.group = group
-        return result
-
     def _check_input_dim(self, input: torch.Tensor) -> None:  # noqa: A002  # torch's name for it
         if input.dim() < 2:
             raise ValueError(f"batch norm of a tensor of {input.dim()} dimensions: it needs (N, C, ...)")
 
+    @property
+    def takes_moments(self) -> bool:
+        """Whether it normalises by the moments of what it is given, not by those that it remembers."""
+        return self.training or self.running_mean is None
+
     def forward(self, input: torch.Tensor) -> torch.Tensor:  # noqa: A002  # torch's name for it
         self._check_input_dim(input)
-        if not self.training and self.running_mean is not None:
+        if not self.takes_moments:
             return super().forward(input)
         result, mean, variance, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps, self.group)
         if self.training and self.track_running_stats and self.running_mean is not None:
@@ -58,15 +55,20 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         self.running_var.lerp_((variance * count / max(count - 1, 1)).to(self.running_var), momentum)
 
 
-def globalize(model: nn.Module, group: ProcessGroup | None) -> nn.Module:
-    """`model` with every batch norm replaced by one over `group`; itself one if it is a batch norm."""
-    if isinstance(model, nn.modules.batchnorm._BatchNorm):
-        return GlobalBatchNorm.of(model, group)
-    for name, child in model.named_children():
-        changed = globalize(child, group)
-        if changed is not child:
-            setattr(model, name, changed)
-    return model
+def globalize(model: nn.Module, group: ProcessGroup | None) -> None:
+    """Let every batch norm in `model` take its moments over all ranks of `group`, in place: parameters, buffers and hooks stay.
+
+    ValueError for a batch norm that does more than torch's, which would be lost.
+    """
+    for name, module in model.named_modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm, GlobalBatchNorm):
+            module.__class__ = GlobalBatchNorm
+            module.group = group
+        elif isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name!r} is a {type(module).__name__}, not one of torch's batch norms, and cannot take moments over ranks: "
+                "use --batch-norm local, or torch's own"
+            )
 
 
 class _GlobalBatchNorm(torch.autograd.Function):

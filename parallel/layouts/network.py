@@ -50,7 +50,8 @@ class LaidOut(nn.Module):
             raise ValueError(
                 f"images in {self.tiles[0]} x {self.tiles[1]} tiles for {ranks} ranks: the product must be {ranks}"
             )
-        self.model = globalize(model, None)
+        self.model = model
+        globalize(model, None)
         self._within_model: set[str] = set()
         modules = dict(self.model.named_modules())
         for name, layout in layouts.items():
