@@ -201,7 +201,9 @@ def _fail(options: Options, error: BaseException, code: int, message: str) -> in
     """Say in one line what went wrong."""
     if options.debug:
         traceback.print_exception(error)
-    print(f"error: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
+    rank = os.environ.get("RANK", "0")
+    who = "" if rank == "0" else f"rank {rank}: "
+    print(f"{who}error: {' '.join(message.split()) or type(error).__name__}", file=sys.stderr)
     return code
 
 
