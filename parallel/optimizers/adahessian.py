@@ -25,8 +25,9 @@ class AdaHessian(PartwiseOptimizer):
     with t steps and n estimates so far. `observe` shows it the Hessian, before `step`; H z is that of all ranks' data.
 
     Blocks: weights of three dimensions or more are taken for convolutions, and :math:`|\cdot|` is averaged over all but the
-    first two dimensions, so that every pair of channels has one value; other parameters' entries stay by themselves (block size
-    1). Turn it off with `spatial_average=False`, of a group, for parameters of another kind.
+    first two dimensions, so that every pair of channels has one value (the paper's equation averages D with its signs, which
+    can cancel and make the step of a whole kernel long); other parameters' entries stay by themselves, a block size of 1. Turn
+    it off with `spatial_average=False`, of a group, for parameters of another kind.
 
     Delayed curvature: `needs_curvature` is true every `curvature_every` steps. Between estimates v stays as it is, and n counts
     estimates, not steps: that estimates all have their weight once keeps the sampling noise of v what it is without a delay
