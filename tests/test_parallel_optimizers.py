@@ -274,7 +274,7 @@ def divided():
     return found
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_parts_of_layers_move_as_the_whole(ranks):
     matrix, _ = diagonals()
     expected = {}
@@ -329,7 +329,7 @@ def all_fully_sharded(folder):
     return {name: fully_sharded(name, Path(folder, name)) for name in MAKE}
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
+@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
 def test_fsdp_moves_as_one_process_and_torch_keeps_its_state(ranks, tmp_path):
     with joined():
         expected = {name: fully_sharded(name) for name in MAKE}
@@ -346,7 +346,7 @@ TRAINED = {
     "adahessian, sharded, mixed": {"optimizer": "adahessian", "shard": True, "mixup": 0.4, "label_smoothing": 0.1},
     "adahessian, laid out": {"optimizer": "adahessian", "accumulate": 2, "curvature_every": 2, "mesh": "model"},
     "adahessian, first passes": {"optimizer": "adahessian", "accumulate": 2, "curvature_passes": 1},
-    "adahessian, some ranks without targets": {"optimizer": "adahessian", "batch_size": 4, "steps": 3},
+    "adahessian, some ranks without targets": {"optimizer": "adahessian", "batch_size": 4},
 }
 
 
@@ -354,7 +354,7 @@ def prepared(name):
     options, ranks = dict(TRAINED[name]), distributed.get_world_size()
     if "mesh" in options:
         options["mesh"] = None if ranks == 1 else f"batch={ranks // 2},{options['mesh']}=2"
-    one = trainer(**options)
+    one = trainer(**{"steps": 4} | options)
     if "without targets" in name:
         one.task = dataclasses.replace(one.task, loss=nn.CrossEntropyLoss(ignore_index=0))
         one.loss = one._weighing.loss = one.task.loss
@@ -414,11 +414,11 @@ def test_curvature_of_more_passes_than_there_are():
         Config("small", accumulate=2, curvature_passes=3).check()
 
 
-RESUMED = ("lars", "lamb, sharded", "lamb, laid out", "adahessian", "adahessian, laid out")
+RESUMED = ("lars", "lamb, sharded", "adahessian, laid out", "adahessian, first passes")
 
 
 def resumed(folder):
-    """Whether three steps, a checkpoint and three more are six steps, bit by bit."""
+    """Whether three steps, a checkpoint and one more are four steps, bit by bit."""
     found = {}
     for name in RESUMED:
         expected = outcome(prepared(name))

@@ -46,7 +46,7 @@ def _adahessian(parameters: list[dict[str, Any]], learning_rate: float, config: 
 OPTIMIZERS = {
     "sgd": Kind(_sgd, 0.05),
     "adamw": Kind(_adamw, 1e-3),
-    "lars": Kind(_lars, 1.0),
+    "lars": Kind(_lars, 0.2),
     "lamb": Kind(_lamb, 0.01),
     "adahessian": Kind(_adahessian, 0.15),
 }

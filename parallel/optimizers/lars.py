@@ -30,7 +30,7 @@ class LARS(PartwiseOptimizer):
     def __init__(
         self,
         params: ParamsT,
-        lr: float = 1.0,
+        lr: float = 0.2,
         *,
         eta: float = 0.02,
         momentum: float = 0.9,
