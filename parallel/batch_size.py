@@ -84,7 +84,7 @@ class GrowingBatch(BatchPolicy):
 
 
 class NoiseScaleBatch(BatchPolicy):
-    """The batch follows the gradient noise scale: it is doubled when the average of what was measured, every `steps` steps, is at
+    """The batch follows the gradient noise scale: it is doubled when the average of what is found every `steps` steps is at
     least twice as large; the rate grows by the square root.
 
     The noise scale is tr(Sigma) / |G|^2, whose parts are averaged separately (McCandlish et al. 2018, appendix A).

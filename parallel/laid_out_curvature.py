@@ -55,9 +55,11 @@ class LaidOutObjective(SplitObjective):
 class _LaidOut(InParts):
     """Vectors are divided as the parameters are; a product is summed over all ranks by one reduction of its whole size."""
 
-    def __init__(self, objective: LaidOutObjective, params: Selection = None) -> None:
+    def __init__(self, objective: SplitObjective, params: Selection = None) -> None:
         super().__init__(objective, params)
-        network, shared = objective.network, distributed.get_world_size(objective.network.group)
+        network = objective.model
+        assert isinstance(network, LaidOut)
+        shared = distributed.get_world_size(network.group)
         scales = []
         for name, parameter in self.parameters.items():
             own = parameter.to_local() if isinstance(parameter, DTensor) else parameter

@@ -33,6 +33,9 @@ class LaidOutReplica(Replica):
     def outputs(self, inputs: Any) -> Any:
         return self.network(inputs)
 
+    def curvature_model(self) -> nn.Module:
+        return self.network
+
     def accumulating(self, more: bool) -> contextlib.AbstractContextManager[None]:
         del more  # gradients stay on each rank until `finish_gradients`
         return contextlib.nullcontext()

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hessian.objective import tensors_of
 from hessian.structure import reachable_parameters
+from parallel.gathered import Gathered
 from parallel.layouts.batch_norm import globalize
 
 # whether rank 0's buffers go to all before a pass; renamed in torch 2.13
@@ -45,6 +46,7 @@ class Replica:
             globalize(model, group)
         self.model, self.sum_gradients = model, float(ranks)  # for DDP and FSDP2 divide the sum by the ranks
         self._call: nn.Module = model
+        self._group = group
         if shard:
             for module in [*blocks(model), model]:
                 fully_shard(module, mesh=mesh)
@@ -88,6 +90,13 @@ class Replica:
         """Multiply the gradient."""
         gradients = [local_part(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
+
+    def curvature_model(self) -> nn.Module:
+        """The model as second derivatives of its outputs can be taken: the same weights, whole where FSDP2 shards them.
+        Collective."""
+        if isinstance(self._call, FSDPModule):
+            return Gathered(self.model, self._group)
+        return self.model
 
     def state(self) -> dict[str, torch.Tensor]:
         """Parameters and buffers by name, each rank's own parts; they change with the model."""
@@ -146,21 +155,26 @@ def _checkpointed(block: nn.Module) -> Any:
     def forward(*args: Any, **kwargs: Any) -> Any:
         if not torch.is_grad_enabled():
             return inner(*args, **kwargs)
-        contexts = lambda: (contextlib.nullcontext(), _remembering_nothing(block))  # noqa: E731
+        contexts = lambda: (contextlib.nullcontext(), _RememberingNothing(block))  # noqa: E731
         return checkpoint(inner, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 
     return forward
 
 
-@contextlib.contextmanager
-def _remembering_nothing(block: nn.Module) -> Iterator[None]:
-    """Batch norms inside leave their running moments alone: the first pass has seen to them."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    before = [(module, module.momentum, module.num_batches_tracked) for module in norms]
-    for module in norms:
-        module.momentum, module.num_batches_tracked = 0.0, None
-    try:
-        yield
-    finally:
-        for module, momentum, count in before:
+class _RememberingNothing:
+    """Batch norms inside leave their running moments alone: the first pass has seen to them.
+
+    It can be entered again, as second derivatives do, which compute a block anew twice.
+    """
+
+    def __init__(self, block: nn.Module) -> None:
+        self._norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+
+    def __enter__(self) -> None:
+        self._before = [(module.momentum, module.num_batches_tracked) for module in self._norms]
+        for module in self._norms:
+            module.momentum, module.num_batches_tracked = 0.0, None
+
+    def __exit__(self, *_: object) -> None:
+        for module, (momentum, count) in zip(self._norms, self._before, strict=True):
             module.momentum, module.num_batches_tracked = momentum, count

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from hessian.objective import Objective
@@ -116,6 +116,11 @@ class ShardedVectors(LinearOperator):
     def objective(self) -> Objective:
         """The loss over all ranks' data."""
         return self.operator.objective
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The parameters whose coordinates whole vectors have, in their order: whole ones, of FSDP2 gathered copies."""
+        return self.operator.parameters
 
     def block(self, params: Selection) -> "ShardedVectors":
         """The diagonal block of the parameters that `params` chooses."""

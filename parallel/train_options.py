@@ -31,8 +31,12 @@ class Config:
     accumulate: int = _option(1, "passes that a step's batch is divided among, to save memory", "N")
     optimizer: str = _option("sgd", "the optimizer", choices=tuple(OPTIMIZERS))
     learning_rate: float | None = _option(None, "the base learning rate (default: the optimizer's own, 0.05 for sgd)", "R")
-    momentum: float = _option(0.9, "of sgd", "M")
-    weight_decay: float = _option(0.0, "decay of weights: by the gradient for sgd, decoupled for adamw", "D")
+    momentum: float = _option(0.9, "of sgd and lars", "M")
+    weight_decay: float = _option(0.0, "decay of weights: by the gradient for sgd and lars, else decoupled", "D")
+    curvature_every: int = _option(1, "steps from one estimate of the curvature to the next, of adahessian", "STEPS")
+    curvature_passes: int | None = _option(
+        None, "of how many of a step's passes (--accumulate) it is taken (default: all)", "N"
+    )
     schedule: str = _option("cosine", "how the rate goes on after the warm-up", choices=tuple(SCHEDULES))
     warmup: float = _option(0.05, "share of the steps over which the rate grows from 0", "SHARE")
     clip: float | None = _option(None, "largest norm of the gradient; longer ones are shortened to it", "NORM")
@@ -65,8 +69,8 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for values out of their range or at odds with each other."""
-        positive = ("batch_size", "accumulate", "checkpoint_every", "keep", "timeout")
-        optional = ("evaluate_every", "learning_rate", "clip", "epochs")
+        positive = ("batch_size", "accumulate", "checkpoint_every", "curvature_every", "keep", "timeout")
+        optional = ("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs")
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a positive number")
@@ -86,6 +90,8 @@ class Config:
             raise ValueError("--shard divides parameters over the ranks that share the batch: leave out --mesh and --plan")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+        if (self.curvature_passes or 1) > self.accumulate:
+            raise ValueError(f"--curvature-passes {self.curvature_passes}: a step has {self.accumulate}: raise --accumulate")
         for item in fields(self):
             choices = item.metadata.get("choices")
             if choices and getattr(self, item.name) not in choices:

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,12 +21,13 @@ from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
 from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
-from parallel.optimizers import OPTIMIZERS
+from parallel.optimizers import OPTIMIZERS, AdaHessian
 from parallel.replica import checkpoint_activations
 from parallel.schedules import rate
+from parallel.step_curvature import step_hessian
 from parallel.train_options import Config
 
-PHASES = ("loading data", "running forward", "running backward")
+PHASES = ("loading data", "running forward", "running backward", "estimating curvature")
 
 _EVALUATION_BATCH = 256
 
@@ -76,7 +77,7 @@ class Trainer:
         self.replica, self.groups, self.group_index = arranged(model, example, config, processes)
         kind = OPTIMIZERS[config.optimizer]
         self.base_rate = kind.learning_rate if config.learning_rate is None else config.learning_rate
-        trained = [parameter for parameter in self.replica.model.parameters() if parameter.requires_grad]
+        trained = [(name, one) for name, one in self.replica.model.named_parameters() if one.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
         self.optimizer = kind.make(_by_kind(trained), self.base_rate, config)
@@ -121,7 +122,7 @@ class Trainer:
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             self.processes.at(self.step, PHASES[1])
             with self.replica.accumulating(number + 1 < len(parts)):
-                part_of_loss = self._loss(part, mixing, counts=weight > 0) * (weight / expected)
+                part_of_loss = self._loss(self.replica, part, mixing, counts=weight > 0) * (weight / expected)
                 self.processes.at(self.step, PHASES[2])
                 (part_of_loss * self.replica.sum_gradients).backward()
             sums[0] += part_of_loss.detach()
@@ -140,6 +141,8 @@ class Trainer:
             raise NotFiniteError(f"the loss is {value} and its gradient's norm {length} in step {self.step}")
         if self.config.clip is not None:
             self.replica.shorten_gradient(norm, self.config.clip)
+        if isinstance(self.optimizer, AdaHessian) and self.optimizer.needs_curvature():
+            self._observe(self.optimizer, list(zip(parts, weights, strict=True)), mixing)
         learning_rate = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -155,6 +158,24 @@ class Trainer:
             "batch_size": self.config.batch_size,
             "gradient_norm": length,
         }
+
+    def _observe(self, optimizer: AdaHessian, parts: list[tuple[_Part, float]], mixing: float) -> None:
+        """Show the optimizer the Hessian of the step's loss, or of its first passes; `parts` have their weights."""
+        chosen = parts[: self.config.curvature_passes]
+        total = torch.tensor(sum(weight for _, weight in chosen), dtype=torch.float64, device=self.processes.device)
+        distributed.all_reduce(total)
+        whole = len(chosen) / len(parts) if self._weighing.is_sum else float(total) or 1.0
+
+        def loss(model: nn.Module, part: tuple[_Part, float]) -> torch.Tensor:
+            return self._loss(model, part[0], mixing, counts=part[1] > 0) * (part[1] / whole)
+
+        self.processes.at(self.step, PHASES[3])
+        self._seed()  # the same dropout
+        try:
+            operator = step_hessian(self.replica.curvature_model(), loss, chosen)
+            optimizer.observe(operator, keyed_generator("curvature", self.config.seed, self.step))
+        except ArithmeticError as error:
+            raise NotFiniteError(f"{error} in step {self.step}") from error
 
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
@@ -235,8 +256,8 @@ class Trainer:
             found.append(batch)
         return _Part(*found)
 
-    def _loss(self, part: _Part, mixing: float, *, counts: bool) -> torch.Tensor:
-        """The loss of this rank's examples; 0 where none `counts`, of which a mean is not defined."""
+    def _loss(self, model: Callable[[Any], Any], part: _Part, mixing: float, *, counts: bool) -> torch.Tensor:
+        """The loss of this rank's examples by `model`; 0 where none `counts`, of which a mean is not defined."""
         inputs, targets = part.batch[0], self._own(part.batch)[1]
         if part.partners is not None:
             if not all(tensor.is_floating_point() for tensor in tensors_of(inputs)):
@@ -244,7 +265,7 @@ class Trainer:
             inputs = map_tensors(lambda tensor: mixing * tensor, inputs)
             inputs = inputs + map_tensors(lambda tensor: (1 - mixing) * tensor, part.partners[0])
         with self._autocast():
-            outputs = self.replica(inputs)
+            outputs = model(inputs)
             if not counts:
                 return sum(tensor.sum() for tensor in tensors_of(outputs)) * torch.zeros(())
             loss = self.loss(outputs, targets)
@@ -259,9 +280,9 @@ class Trainer:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
 
-def _by_kind(parameters: list[nn.Parameter]) -> list[dict[str, Any]]:
-    """Parameter groups of whole and of divided tensors, which optimizers cannot update together."""
-    kinds = [[one for one in parameters if isinstance(one, DTensor) == divided] for divided in (False, True)]
+def _by_kind(parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
+    """Parameter groups of whole and of divided tensors, which torch's optimizers cannot update together."""
+    kinds = [[(name, one) for name, one in parameters if isinstance(one, DTensor) == divided] for divided in (False, True)]
     return [{"params": one} for one in kinds if one]
 
 
