@@ -24,6 +24,10 @@ LossFunction = Callable[[Any, Any], torch.Tensor]
 Data = Iterable[Any]
 
 
+class LossNotFiniteError(ValueError):
+    """A batch's loss is NaN or infinite; the text says what seems to be why."""
+
+
 class Objective:
     r"""The mean loss over all items of the data, whatever the batches they come in.
 
@@ -109,7 +113,7 @@ class Objective:
         if value.numel() != 1:
             raise ValueError(f"the loss has shape {tuple(value.shape)}, not one value: use reduction='mean'")
         if not torch.isfinite(value):
-            raise ValueError(self._why_not_finite(value, batch))
+            raise LossNotFiniteError(self._why_not_finite(value, batch))
         return value.reshape(())
 
     def weight(self, batch: Any) -> float:

@@ -1,9 +1,9 @@
 """Vectors in parts: what an estimator keeps, and what it needs of memory, is divided among the ranks of a group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed import ProcessGroup
 
 from hessian.objective import Objective
@@ -117,6 +117,11 @@ class ShardedVectors(LinearOperator):
         """The loss over all ranks' data."""
         return self.operator.objective
 
+    @property
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Whole, by name, in the order of the vectors' coordinates."""
+        return self.operator.parameters
+
     def block(self, params: Selection) -> "ShardedVectors":
         """The diagonal block of the parameters that `params` chooses."""
         return ShardedVectors(self.operator.block(params), self.group, self._prepare)
@@ -125,6 +130,17 @@ class ShardedVectors(LinearOperator):
         """This rank's part of the gradient."""
         self._prepare()
         return self._space.part(self.operator.gradient()[None])[0]
+
+    def loss_and_gradient(self) -> tuple[float, torch.Tensor]:
+        """The loss and this rank's part of its gradient."""
+        self._prepare()
+        value, gradient = self.operator.loss_and_gradient()
+        return value, self._space.part(gradient[None])[0]
+
+    def loss_value(self) -> float:
+        """The loss at the parameters' current values, which may be infinite."""
+        self._prepare()
+        return self.operator.loss_value()
 
     def exact_trace(self) -> float:
         self._prepare()

@@ -5,24 +5,37 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-Make = Callable[[list[dict[str, Any]], float, Any], torch.optim.Optimizer]
+from parallel.optimizers.kfac import KFAC
+from parallel.optimizers.newton_cg import NewtonCG
+from parallel.optimizers.newton_mr import NewtonMR
+
+__all__ = ["KFAC", "OPTIMIZERS", "Kind", "NewtonCG", "NewtonMR"]
+
+Make = Callable[[nn.Module, list[dict[str, Any]], float, Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make an optimizer of parameter groups, a learning rate and the config, and the rate where none is given."""
+    """How to make an optimizer of a model, groups of its parameters, a learning rate and the config; the rate where none is
+    given; whether each rank must compute whole layers."""
 
     make: Make
     learning_rate: float
+    whole_layers: bool = False
 
 
-def _sgd(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _sgd(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
 
 
-def _adamw(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _adamw(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, learning_rate, weight_decay=config.weight_decay, foreach=True)
 
 
-OPTIMIZERS = {"sgd": Kind(_sgd, 0.05), "adamw": Kind(_adamw, 1e-3)}
+def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+    return KFAC(model, parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+
+
+OPTIMIZERS = {"sgd": Kind(_sgd, 0.05), "adamw": Kind(_adamw, 1e-3), "kfac": Kind(_kfac, 0.05, whole_layers=True)}
