@@ -96,8 +96,8 @@ class KFAC(torch.optim.Optimizer):
     def weigh(self, items: float, divisor: float) -> None:
         """Of this rank's passes to come: their loss is the sum of the losses of `items` items over `divisor`.
 
-        A mean that was multiplied by 1 / k for k accumulated passes has a divisor of k times its items, and so on; a pass of no
-        items does not count.
+        A mean that was multiplied by 1 / k for k accumulated passes has a divisor of k times its items, and so on. Inputs count
+        in A whether their targets do (items) or not.
         """
         self._recorder.weigh(items, divisor)
 

@@ -165,8 +165,6 @@ class Recorder:
                 f"{layer.name!r} is used outside of the model that K-FAC was made of: call that model, whose passes it counts"
             )
         items, divisor = self._weight or (self._examples, self._examples)
-        if items == 0:
-            return
         number = self._pass
         with torch.autocast(output.device.type, enabled=False):  # moments of half precision would be too rough
             inputs = layer.input_moment(args[0].detach())
