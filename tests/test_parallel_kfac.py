@@ -250,7 +250,9 @@ def test_a_step_is_shortened_to_the_length_clip_in_the_fishers_metric():
 
 def test_a_state_dict_continues_the_trajectory():
     def run(model, optimizer, steps):
-        return [take_step(model, optimizer, *(tensor[step : step + 5] for tensor in classification(12, 6, 4))) for step in steps]
+        return [
+            take_step(model, optimizer, *(tensor[step : step + 5] for tensor in classification(12, 6, 4))) for step in steps
+        ]
 
     options = {"lr": 0.1, "factor_every": 2, "inverse_every": 3, "weight_decay": 1e-3}
     model = seeded(Pooled).train()
