@@ -35,7 +35,10 @@ def _adamw(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float,
 
 
 def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
-    return KFAC(model, parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
+    # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
+    return KFAC(
+        model, parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, inverse_every=10
+    )
 
 
-OPTIMIZERS = {"sgd": Kind(_sgd, 0.05), "adamw": Kind(_adamw, 1e-3), "kfac": Kind(_kfac, 0.05, whole_layers=True)}
+OPTIMIZERS = {"sgd": Kind(_sgd, 0.05), "adamw": Kind(_adamw, 1e-3), "kfac": Kind(_kfac, 0.02, whole_layers=True)}

@@ -11,6 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from parallel.optimizers.by_parameter import own_part
 from parallel.optimizers.layer_factors import Layer, Recorder, covered_layers
+from parallel.replica import local_part
 
 _FACTORS = ("input_factor", "output_factor")
 _INVERSES = ("input_inverse", "output_inverse")
@@ -34,7 +35,8 @@ class KFAC(torch.optim.Optimizer):
 
     Factors come from hooks on `model`, which stay until `remove_hooks`: they read the passes (any number of them) in training
     mode whose step `needs_curvature()`. A pass's loss must be the mean over the examples that the model was called with;
-    where it is not, `weigh` says before the pass what it is. `zero_grad` or `step` begins a new step.
+    where it is not, `weigh` says before the pass what it is. `zero_grad` or `step` begins a new step: backward passes of
+    others, such as an operator's products, must come before it.
 
     Several ranks share the work: gradients are those of the whole batch already (DDP, FSDP2), the factors' sums are added up
     by one all-reduce whatever each rank's share, each layer is inverted on one rank and broadcast. Steps are the same on all.
@@ -58,7 +60,7 @@ class KFAC(torch.optim.Optimizer):
         model: nn.Module,
         params: Iterable[Any] | None = None,
         *,
-        lr: float = 0.05,
+        lr: float = 0.02,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         damping: float = 1e-3,
@@ -235,15 +237,15 @@ class KFAC(torch.optim.Optimizer):
             moved = [one for one in group["params"] if one.grad is not None]
             if not moved:
                 continue
-            updates = [own_part(directions[one], one) if one in directions else _local(one.grad) for one in moved]
-            own = [_local(one) for one in moved]
+            updates = [own_part(directions[one], one) if one in directions else local_part(one.grad) for one in moved]
+            own = [local_part(one) for one in moved]
             if group["weight_decay"]:
                 updates = list(torch._foreach_add(updates, own, alpha=group["weight_decay"]))
             if group["momentum"]:
                 fresh = [one for one in moved if "momentum_buffer" not in self.state[one]]
                 for one in fresh:
                     self.state[one]["momentum_buffer"] = torch.zeros_like(one)
-                buffers = [_local(self.state[one]["momentum_buffer"]) for one in moved]
+                buffers = [local_part(self.state[one]["momentum_buffer"]) for one in moved]
                 torch._foreach_mul_(buffers, group["momentum"])
                 torch._foreach_add_(buffers, updates)
                 updates = buffers
@@ -271,8 +273,3 @@ def _inverse(matrix: torch.Tensor, damping: float) -> torch.Tensor:
 def _whole(tensor: Any) -> torch.Tensor:
     whole: torch.Tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return whole
-
-
-def _local(tensor: Any) -> torch.Tensor:
-    local: torch.Tensor = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-    return local

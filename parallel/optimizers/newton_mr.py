@@ -65,7 +65,7 @@ class NewtonMR(ByOperator):
 
     ValueError for numbers out of range and for several groups.
 
-    Source: Roosta, Liu, Xu & Mahoney, 2022 (arXiv:1810.00303), algorithm 1 and equation 10.
+    Source: Roosta, Liu, Xu & Mahoney, 2022 (arXiv:1810.00303), algorithm 1.
     """
 
     last: MinimalResidualStep | None = None

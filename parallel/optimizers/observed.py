@@ -4,12 +4,12 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
 import torch
-from torch.distributed.tensor import DTensor
 
 from hessian.operators.base import LinearOperator
 from hessian.parameters import unflatten
 from hessian.space import VectorSpace
 from parallel.optimizers.by_parameter import matched, own_part
+from parallel.replica import local_part
 
 
 @runtime_checkable
@@ -84,17 +84,17 @@ class ByOperator(torch.optim.Optimizer):
 
     def _positions(self) -> list[torch.Tensor]:
         """Copies of this rank's parts of the parameters, in the operator's order."""
-        return [_local(one).clone() for one in self._matched]
+        return [local_part(one).clone() for one in self._matched]
 
     def _move(self, operator: Curvature, origin: list[torch.Tensor], step: torch.Tensor | None, scale: float = 1.0) -> None:
         """Put the parameters at `origin` + scale * step, or at `origin` itself; `step` is a vector of the operator's."""
         if step is None:
             for one, before in zip(self._matched, origin, strict=True):
-                _local(one).copy_(before)
+                local_part(one).copy_(before)
             return
         whole = operator.space.whole(step[None])[0]
         for one, before, piece in zip(self._matched, origin, unflatten(whole, self._matched), strict=True):
-            torch.add(before, own_part(piece, one), alpha=scale, out=_local(one))
+            torch.add(before, own_part(piece, one), alpha=scale, out=local_part(one))
 
     @property
     def _shared_state(self) -> dict[str, Any]:
@@ -107,7 +107,3 @@ def inner(space: VectorSpace, left: list[torch.Tensor], right: list[torch.Tensor
     """The inner products of vectors, pair by pair, in float64 and by one reduction."""
     found: list[float] = space.inner(torch.stack(left), torch.stack(right)).tolist()
     return found
-
-
-def _local(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
