@@ -137,7 +137,7 @@ class Recorder:
         self._weight: tuple[float, float] | None = None
         self._pass = self._examples = 0
         self._handles = [model.register_forward_pre_hook(self._begin, with_kwargs=True)]
-        self._handles += [layer.module.register_forward_hook(partial(self._read, layer)) for layer in layers]
+        self._handles += [layer.module.register_forward_hook(partial(self._read, layer), with_kwargs=True) for layer in layers]
 
     def weigh(self, items: float, divisor: float) -> None:
         """Of the passes to come: their loss is the sum of the losses of `items` items over `divisor`."""
@@ -157,7 +157,7 @@ class Recorder:
             self._pass += 1
             self._examples = count_examples([args, kwargs]) if any(one.dim() for one in tensors_of([args, kwargs])) else 1
 
-    def _read(self, layer: Layer, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+    def _read(self, layer: Layer, module: nn.Module, args: Any, kwargs: Any, output: torch.Tensor) -> None:
         if not (self._is_due() and module.training and torch.is_grad_enabled() and output.requires_grad):
             return
         if self._pass == 0:
@@ -167,7 +167,7 @@ class Recorder:
         items, divisor = self._weight or (self._examples, self._examples)
         number = self._pass
         with torch.autocast(output.device.type, enabled=False):  # moments of half precision would be too rough
-            inputs = layer.input_moment(args[0].detach())
+            inputs = layer.input_moment(next(tensors_of([args, kwargs])).detach())
 
         # in the backward pass, which recomputed forward passes do not reach a second time
         def add(gradient: torch.Tensor) -> None:
