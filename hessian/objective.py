@@ -24,6 +24,10 @@ LossFunction = Callable[[Any, Any], torch.Tensor]
 Data = Iterable[Any]
 
 
+class LossNotFiniteError(ValueError):
+    """A batch's loss is NaN or infinite; the text says what seems to be why."""
+
+
 class Objective:
     r"""The mean loss over all items of the data, whatever the batches they come in.
 
@@ -69,6 +73,11 @@ class Objective:
         return next((parameter.device for parameter in self.model.parameters()), torch.device("cpu"))
 
     @property
+    def runs_alone(self) -> bool:
+        """Whether this process can pass a batch without the others'."""
+        return True
+
+    @property
     def is_one_batch(self) -> bool:
         """Whether the data is one batch, handled whole."""
         return isinstance(self.data, list | tuple) and len(self.data) == 1 and self.micro_batch is None
@@ -109,7 +118,7 @@ class Objective:
         if value.numel() != 1:
             raise ValueError(f"the loss has shape {tuple(value.shape)}, not one value: use reduction='mean'")
         if not torch.isfinite(value):
-            raise ValueError(self._why_not_finite(value, batch))
+            raise LossNotFiniteError(self._why_not_finite(value, batch))
         return value.reshape(())
 
     def weight(self, batch: Any) -> float:

@@ -17,6 +17,10 @@ class CoupledObjective(SplitObjective):
     ValueError where ranks have different numbers of batches.
     """
 
+    @property
+    def runs_alone(self) -> bool:
+        return False
+
     def total_weight(self) -> float:
         numbers = self.gathered(lambda: sum(1 for _ in self.batches())) if self._total_weight is None else [1]
         if len(set(numbers)) > 1:

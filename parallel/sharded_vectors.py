@@ -1,6 +1,6 @@
 """Vectors in parts: what an estimator keeps, and what it needs of memory, is divided among the ranks of a group."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import distributed, nn
@@ -118,8 +118,8 @@ class ShardedVectors(LinearOperator):
         return self.operator.objective
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The parameters whose coordinates whole vectors have, in their order: whole ones, of FSDP2 gathered copies."""
+    def parameters(self) -> Mapping[str, nn.Parameter]:
+        """Whole, by name, in the order of the vectors' coordinates: of FSDP2 gathered copies."""
         return self.operator.parameters
 
     def block(self, params: Selection) -> "ShardedVectors":
@@ -130,6 +130,17 @@ class ShardedVectors(LinearOperator):
         """This rank's part of the gradient."""
         self._prepare()
         return self._space.part(self.operator.gradient()[None])[0]
+
+    def loss_and_gradient(self) -> tuple[float, torch.Tensor]:
+        """The loss and this rank's part of its gradient."""
+        self._prepare()
+        value, gradient = self.operator.loss_and_gradient()
+        return value, self._space.part(gradient[None])[0]
+
+    def loss_value(self) -> float:
+        """The loss at the parameters' current values, which may be infinite."""
+        self._prepare()
+        return self.operator.loss_value()
 
     def exact_trace(self) -> float:
         self._prepare()

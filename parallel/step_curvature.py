@@ -26,7 +26,7 @@ def step_hessian(model: nn.Module, loss: PartLoss, parts: Sequence[Any]) -> Curv
     alone, which are the same on every rank but for layers in parts. Collective.
     """
     objective = _StepObjective(model, loss, parts)
-    return LaidOutHessian(objective) if isinstance(model, LaidOut) else _StepHessian(objective)
+    return LaidOutHessian(objective) if isinstance(model, LaidOut) else Hessian(objective)
 
 
 class _StepObjective(SplitObjective):
@@ -34,6 +34,10 @@ class _StepObjective(SplitObjective):
 
     def __init__(self, model: nn.Module, loss: PartLoss, parts: Sequence[Any]) -> None:
         super().__init__(model, _already_weighted, list(parts), forward=loss)
+
+    @property
+    def runs_alone(self) -> bool:
+        return False  # and the gradient's passes have just fitted
 
     def total_weight(self) -> float:
         return 1.0
@@ -46,11 +50,6 @@ class _StepObjective(SplitObjective):
         del batch
         loss: torch.Tensor = outputs.reshape(())
         return loss
-
-
-class _StepHessian(Hessian):
-    def _excess(self) -> str:
-        return ""  # a forward pass to measure memory would be collective, and the gradient's has just fitted
 
 
 def _already_weighted(outputs: Any, targets: Any) -> torch.Tensor:

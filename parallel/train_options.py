@@ -31,7 +31,7 @@ class Config:
     accumulate: int = _option(1, "passes that a step's batch is divided among, to save memory", "N")
     optimizer: str = _option("sgd", "the optimizer", choices=tuple(OPTIMIZERS))
     learning_rate: float | None = _option(None, "the base learning rate (default: the optimizer's own, 0.05 for sgd)", "R")
-    momentum: float = _option(0.9, "of sgd and lars", "M")
+    momentum: float = _option(0.9, "of sgd, lars and kfac", "M")
     weight_decay: float = _option(0.0, "decay of weights: by the gradient for sgd and lars, else decoupled", "D")
     curvature_every: int = _option(1, "steps from one estimate of the curvature to the next, of adahessian", "STEPS")
     curvature_passes: int | None = _option(

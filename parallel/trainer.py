@@ -21,7 +21,7 @@ from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
 from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
-from parallel.optimizers import OPTIMIZERS, AdaHessian
+from parallel.optimizers import KFAC, OPTIMIZERS, AdaHessian
 from parallel.replica import checkpoint_activations
 from parallel.schedules import rate
 from parallel.step_curvature import step_hessian
@@ -80,7 +80,9 @@ class Trainer:
         trained = [(name, one) for name, one in self.replica.model.named_parameters() if one.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
-        self.optimizer = kind.make(_by_kind(trained), self.base_rate, config)
+        if kind.whole_layers and self.groups < processes.world_size:
+            raise ValueError(f"--optimizer {config.optimizer} needs whole layers on each rank: leave out --mesh and --plan")
+        self.optimizer = kind.make(self.replica.model, _by_kind(trained), self.base_rate, config)
         self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
         self.expected_weight = float(config.batch_size)  # of a step's batch, over all ranks: as much as in the step before
         self._weighing = Objective(self.replica.model, self.loss, [])  # counts what a batch's loss averages over
@@ -122,6 +124,7 @@ class Trainer:
         for number, (part, weight) in enumerate(zip(parts, weights, strict=True)):
             self.processes.at(self.step, PHASES[1])
             with self.replica.accumulating(number + 1 < len(parts)):
+                self._weigh_pass(weight, expected, len(parts))
                 part_of_loss = self._loss(self.replica, part, mixing, counts=weight > 0) * (weight / expected)
                 self.processes.at(self.step, PHASES[2])
                 (part_of_loss * self.replica.sum_gradients).backward()
@@ -158,6 +161,13 @@ class Trainer:
             "batch_size": self.config.batch_size,
             "gradient_norm": length,
         }
+
+    def _weigh_pass(self, weight: float, expected: float, passes: int) -> None:
+        """Tell an optimizer that reads gradients in the passes what their loss is to the items' losses."""
+        if isinstance(self.optimizer, KFAC):
+            shares = passes * self.groups  # a sum of all items' losses is one item, of which each pass has a share
+            items = weight / shares if self._weighing.is_sum else weight
+            self.optimizer.weigh(items, expected / self.replica.sum_gradients)
 
     def _observe(self, optimizer: AdaHessian, parts: list[tuple[_Part, float]], mixing: float) -> None:
         """Show the optimizer the Hessian of the step's loss, or of its first passes; `parts` have their weights."""

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hessian.memory import check_fits, saved_bytes
-from hessian.objective import Data, LossFunction, Objective, count_examples, split_batch, tensors_of
+from hessian.objective import Data, LossFunction, LossNotFiniteError, Objective, count_examples, split_batch, tensors_of
 from hessian.operators.base import LinearOperator
 from hessian.parameters import Selection, flatten, requiring_grad, select_parameters, unflatten
 from hessian.second_backward import CheapSecondBackward
@@ -110,6 +110,21 @@ class CurvatureOperator(LinearOperator):
         gradient = self.objective.total(compute, (self.space.local_size,), self.dtype)
         return sum(self.objective.gathered(lambda: value)), gradient
 
+    def loss_value(self) -> float:
+        """The data set's loss at the parameters' current values, which may be infinite, without its gradient."""
+
+        def compute() -> float:
+            value = 0.0
+            with self.objective.undisturbed(), torch.no_grad():
+                for batch, weight in self.objective.own_batches():
+                    try:
+                        value += weight * float(self.objective.batch_loss(self.objective.outputs(batch), batch))
+                    except LossNotFiniteError:  # processes that compute a batch together go on together
+                        value = float("inf")
+            return value
+
+        return sum(self.objective.gathered(compute))
+
     def _own_loss_and_gradient(self) -> tuple[float, torch.Tensor]:
         parameters = list(self.parameters.values())
         gradient = torch.zeros(self.space.local_size, dtype=self.dtype, device=self.device)
@@ -208,7 +223,9 @@ class CurvatureOperator(LinearOperator):
         self._source.fits = True
 
     def _excess(self) -> str:
-        """What is wrong with the size of the first batch; empty if nothing is."""
+        """What is wrong with the size of the first batch; empty if nothing is, or if it cannot be measured."""
+        if not self.objective.runs_alone:
+            return ""
         batch = next(iter(self.objective.batches()), None)
         examples = 0 if batch is None else count_examples(batch)
         tensors = [*self.objective.model.parameters(), *self.objective.model.buffers(), *tensors_of(batch)]

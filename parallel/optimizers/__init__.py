@@ -5,42 +5,55 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from parallel.optimizers.adahessian import AdaHessian
+from parallel.optimizers.kfac import KFAC
 from parallel.optimizers.lamb import LAMB
 from parallel.optimizers.lars import LARS
+from parallel.optimizers.newton_cg import NewtonCG
+from parallel.optimizers.newton_mr import NewtonMR
 
-__all__ = ["LAMB", "LARS", "OPTIMIZERS", "AdaHessian", "Kind"]
+__all__ = ["KFAC", "LAMB", "LARS", "OPTIMIZERS", "AdaHessian", "Kind", "NewtonCG", "NewtonMR"]
 
-Make = Callable[[list[dict[str, Any]], float, Any], torch.optim.Optimizer]
+Make = Callable[[nn.Module, list[dict[str, Any]], float, Any], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
 class Kind:
-    """How to make an optimizer of parameter groups, a learning rate and the config, and the rate where none is given."""
+    """How to make an optimizer of a model, groups of its parameters, a learning rate and the config; the rate where none is
+    given; whether each rank must compute whole layers."""
 
     make: Make
     learning_rate: float
+    whole_layers: bool = False
 
 
-def _sgd(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _sgd(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return torch.optim.SGD(parameters, learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, foreach=True)
 
 
-def _adamw(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _adamw(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return torch.optim.AdamW(parameters, learning_rate, weight_decay=config.weight_decay, foreach=True)
 
 
-def _lars(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _lars(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return LARS(parameters, learning_rate, momentum=config.momentum, weight_decay=config.weight_decay)
 
 
-def _lamb(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _lamb(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return LAMB(parameters, learning_rate, weight_decay=config.weight_decay)
 
 
-def _adahessian(parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+def _adahessian(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
     return AdaHessian(parameters, learning_rate, weight_decay=config.weight_decay, curvature_every=config.curvature_every)
+
+
+def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+    # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
+    return KFAC(
+        model, parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, inverse_every=10
+    )
 
 
 OPTIMIZERS = {
@@ -49,4 +62,5 @@ OPTIMIZERS = {
     "lars": Kind(_lars, 0.2),
     "lamb": Kind(_lamb, 0.01),
     "adahessian": Kind(_adahessian, 0.15),
+    "kfac": Kind(_kfac, 0.02, whole_layers=True),
 }

@@ -9,6 +9,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from parallel.optimizers.hyperparameters import check
+from parallel.replica import local_part
 
 
 @dataclass(frozen=True)
@@ -126,4 +127,4 @@ def slot(parameters: Sequence[torch.Tensor], states: Sequence[dict[str, Any]], n
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """This rank's part of a tensor, without its graph; it changes with the tensor."""
-    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).detach()
+    return local_part(tensor).detach()
