@@ -33,6 +33,10 @@ class LaidOutReplica(Replica):
     def outputs(self, inputs: Any) -> Any:
         return self.network(inputs)
 
+    @property
+    def measured_model(self) -> nn.Module:
+        return self.network
+
     def curvature_model(self) -> nn.Module:
         return self.network
 

@@ -91,6 +91,11 @@ class Replica:
         gradients = [local_part(parameter.grad) for parameter in self.model.parameters() if parameter.grad is not None]
         torch._foreach_mul_(gradients, factor)
 
+    @property
+    def measured_model(self) -> nn.Module:
+        """What `parallel.curvature` takes."""
+        return self.model
+
     def curvature_model(self) -> nn.Module:
         """The model as second derivatives of its outputs can be taken: the same weights, whole where FSDP2 shards them.
         Collective."""

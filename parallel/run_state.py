@@ -17,6 +17,7 @@ def tensors_of(trainer: Trainer) -> Tensors:
         for slot, value in slots.items():
             if value is not None:
                 found[f"optimizer.{slot}.{names[parameter]}"] = torch.as_tensor(value)
+    found |= {f"control.{name}": tensor for name, tensor in trainer.control.tensors().items()}
     if trainer.average is not None:
         found |= {f"average.{name}": tensor for name, tensor in trainer.average.tensors.items()}
     return found
@@ -30,6 +31,8 @@ def numbers_of(trainer: Trainer) -> dict[str, Any]:
         "examples": trainer.examples,
         "rate_scale": trainer.rate_scale,
         "expected_weight": trainer.expected_weight,
+        "expected_batch": trainer.expected_batch,
+        "control": trainer.control.state(),
         "config": trainer.config.to_dict(),
     }
 
@@ -39,7 +42,7 @@ def restore(trainer: Trainer, checkpoints: Checkpoints, step: int) -> None:
     run = checkpoints.read_run(step)
     if run["task"] != trainer.task.name:
         raise ValueError(f"the checkpoint in {checkpoints.folder} is of task {run['task']!r}, this is {trainer.task.name!r}")
-    for name in ("batch_size", "optimizer", "ema", "seed"):
+    for name in ("batch_size", "optimizer", "ema", "seed", "layer_rates", "adaptive_batch"):
         now = getattr(trainer.config, name)
         if run["config"][name] != now:
             flag = name.replace("_", "-")
@@ -52,6 +55,8 @@ def restore(trainer: Trainer, checkpoints: Checkpoints, step: int) -> None:
 
     def make(key: str, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         kind, _, name = key.partition(".")
+        if kind == "control":
+            return torch.zeros(shape, dtype=dtype, device=trainer.processes.device)
         if kind != "optimizer":
             live = (model if kind == "model" else average).get(name)
             if live is None or live.shape != shape:
@@ -68,11 +73,13 @@ def restore(trainer: Trainer, checkpoints: Checkpoints, step: int) -> None:
     missing = [name for name in model if f"model.{name}" not in tensors]
     if missing:
         raise ValueError(f"the checkpoint in {checkpoints.folder} has no tensor {missing[0]!r}: it is of another model")
+    own = {name.removeprefix("control."): tensor for name, tensor in tensors.items() if name.startswith("control.")}
+    trainer.control.load(run["control"], own)
     trainer.optimizer.state.clear()
     for key, tensor in tensors.items():
         kind, _, name = key.partition(".")
         if kind == "optimizer":
             slot, _, name = name.partition(".")
             trainer.optimizer.state[parameters[name]][slot] = tensor
-    trainer.step = step
+    trainer.step, trainer.examples, trainer.expected_batch = step, run["examples"], run["expected_batch"]
     trainer.rate_scale, trainer.expected_weight = run["rate_scale"], run["expected_weight"]

@@ -10,7 +10,7 @@ SCHEDULES: dict[str, Callable[[float], float]] = {  # from the share of the run 
 }
 
 
-def rate(step: int, steps: int, warmup: float, schedule: str) -> float:
+def rate(step: float, steps: int, warmup: float, schedule: str) -> float:
     """The share for step 0 .. `steps` - 1, of which the first `warmup` (a share of all) lead up to 1, linearly."""
     first = math.ceil(warmup * steps)
     if step < first:

@@ -58,7 +58,7 @@ class Run:
         with tqdm(
             total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=trainer.processes.rank > 0
         ) as bar:
-            while trainer.step < trainer.steps:
+            while not trainer.done:
                 try:
                     for row in trainer.train():
                         evaluation = self._after(row)
@@ -74,9 +74,9 @@ class Run:
     def _after(self, row: dict[str, float]) -> Evaluation | None:
         """Evaluate, note and keep what is due behind a step."""
         trainer, config = self.trainer, self.config
-        is_last = trainer.step == trainer.steps
+        is_last = trainer.done
         evaluation = None
-        if is_last or self._evaluation_is_due():
+        if is_last or self._evaluation_is_due(int(row["batch_size"])):
             evaluation = trainer.evaluate()
             row = row | {"evaluation_metric": evaluation.metric, "evaluation_loss": evaluation.loss}
             logger.info(
@@ -93,11 +93,11 @@ class Run:
         self.checkpoints.poll()
         return evaluation
 
-    def _evaluation_is_due(self) -> bool:
+    def _evaluation_is_due(self, row_size: int) -> bool:
         trainer, every = self.trainer, self.config.evaluate_every
         if every is not None:
             return trainer.step % every == 0
-        before = trainer.examples - self.config.batch_size
+        before = trainer.examples - row_size
         return trainer.examples // trainer.size > before // trainer.size
 
     def save(self) -> None:
@@ -162,6 +162,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         "resumed_at": run.resumed_at,
         "rollbacks": run.rollbacks,
         "seconds": time.perf_counter() - started,
+        "curvature_seconds": trainer.control.seconds,
     }
     if processes.rank == 0:
         assert run.metrics is not None

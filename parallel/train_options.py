@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
 from parallel.schedules import SCHEDULES
 
@@ -39,6 +40,23 @@ class Config:
     )
     schedule: str = _option("cosine", "how the rate goes on after the warm-up", choices=tuple(SCHEDULES))
     warmup: float = _option(0.05, "share of the steps over which the rate grows from 0", "SHARE")
+    base_batch: int | None = _option(None, "the batch that the learning rate was chosen for, to scale it by", "B")
+    batch_scaling: str = _option(
+        "linear", "how the rate grows with the batch; legw: by its square root, with a longer warm-up", choices=RULES
+    )
+    layer_rates: str | None = _option(
+        None, "curvature: rates of layers from their curvature, as it is measured; or the layers.json of a report", "SOURCE"
+    )
+    rate_ratio: float = _option(10.0, "by how much the rates of layers may differ from the base rate", "RATIO")
+    find_rate: bool = _option(False, "take the base learning rate from the curvature before the first step")
+    curvature_examples: int = _option(16, "examples that curvature is measured on, over all ranks", "N")
+    adaptive_batch: str | None = _option(None, "what the batch follows", choices=("noise-scale", "adabatch", "growing", "absa"))
+    largest_batch: int | None = _option(None, "up to which it grows (default: 16 times the first)", "B")
+    adversarial_share: float = _option(
+        0.0, "of the examples, which the fast gradient sign method changes (absa: at first)", "SHARE"
+    )
+    epsilon: float = _option(0.05, "by how much it changes an input", "E")
+    sharpness_every: int | None = _option(None, "record the Hessian's top eigenvalue and trace after so many steps", "STEPS")
     clip: float | None = _option(None, "largest norm of the gradient; longer ones are shortened to it", "NORM")
     label_smoothing: float = _option(0.0, "of cross-entropy", "S")
     mixup: float = _option(0.0, "alpha of mixup's beta distribution, 0 for none", "ALPHA")
@@ -69,15 +87,21 @@ class Config:
 
     def check(self) -> None:
         """Raise ValueError for values out of their range or at odds with each other."""
-        positive = ("batch_size", "accumulate", "checkpoint_every", "curvature_every", "keep", "timeout")
-        optional = ("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs")
+        positive = (
+            *("batch_size", "accumulate", "checkpoint_every", "curvature_every", "curvature_examples", "rate_ratio", "keep"),
+            "timeout",
+        )
+        optional = (
+            *("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs", "base_batch", "largest_batch"),
+            "sharpness_every",
+        )
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a positive number")
-        for name in ("momentum", "label_smoothing", "warmup", *(["ema"] if self.ema is not None else [])):
+        for name in ("momentum", "label_smoothing", "warmup", "adversarial_share", *(["ema"] if self.ema is not None else [])):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number from 0 to below 1")
-        for name in ("weight_decay", "mixup", "shift", "workers", *(["steps"] if self.steps is not None else [])):
+        for name in ("weight_decay", "mixup", "shift", "workers", "epsilon", *(["steps"] if self.steps is not None else [])):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number of at least 0")
         if self.steps is not None and self.epochs is not None:
@@ -94,8 +118,9 @@ class Config:
             raise ValueError(f"--curvature-passes {self.curvature_passes}: a step has {self.accumulate}: raise --accumulate")
         for item in fields(self):
             choices = item.metadata.get("choices")
-            if choices and getattr(self, item.name) not in choices:
-                raise ValueError(f"{_flag(item.name)} {getattr(self, item.name)}: choose one of {', '.join(choices)}")
+            value = getattr(self, item.name)
+            if choices and value not in choices and value != item.default:
+                raise ValueError(f"{_flag(item.name)} {value}: choose one of {', '.join(choices)}")
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""

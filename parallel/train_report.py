@@ -87,6 +87,9 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("ranks", str(ranks)),
         ("seconds", f"{report['seconds']:.1f}"),
     ]
+    if report["curvature_seconds"] > 0.001:
+        share = report["curvature_seconds"] / report["seconds"]
+        found.append(("of which on curvature", f"{report['curvature_seconds']:.1f} ({share:.1%})"))
     if report["resumed_at"] is not None:
         found.append(("resumed at step", f"{report['resumed_at']:,}"))
     return found

@@ -4,7 +4,7 @@ import contextlib
 import copy
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -12,24 +12,31 @@ import torch
 from torch import distributed, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import default_collate
 
+import hessian
 from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors, take_examples, tensors_of
+from hessian.operators.curvature import CurvatureOperator
 from hessian.processes import Processes
 from hessian.task import Task
+from parallel import curvature
+from parallel.adversarial import fgsm
 from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
-from parallel.data_order import DataOrder, keyed_generator, micro_batches, share
+from parallel.data_order import DataOrder, keyed_generator, share
+from parallel.noise_scale import NoiseScale, noise_scale
 from parallel.optimizers import KFAC, OPTIMIZERS, AdaHessian
 from parallel.replica import checkpoint_activations
-from parallel.schedules import rate
+from parallel.step_batches import Part, StepBatches
+from parallel.step_control import StepControl, by_layer
 from parallel.step_curvature import step_hessian
 from parallel.train_options import Config
 
 PHASES = ("loading data", "running forward", "running backward", "estimating curvature")
 
 _EVALUATION_BATCH = 256
+_TRACE_PROBES = 8
 
 
 class NotFiniteError(ArithmeticError):
@@ -44,14 +51,6 @@ class Evaluation:
     loss: float
 
 
-@dataclass(frozen=True)
-class _Part:
-    """This rank's examples of one pass, and the batch that they are mixed with, if any."""
-
-    batch: Any
-    partners: Any
-
-
 class Trainer:
     """A task's model, its optimizer and its place in the order of the data. Collective: all ranks do the same.
 
@@ -63,9 +62,8 @@ class Trainer:
         self.task, self.config, self.processes = task, config, processes
         self.size = len(task.train)  # type: ignore[arg-type]  # map-style datasets have a length
         self._check_batch()
-        self.step = 0
+        self.step = self.examples = 0
         self.rate_scale = 1.0
-        self.order = DataOrder(self.size, config.seed)
         self.augmentation = Augmentation(config.seed, config.mixup, config.flip, config.shift)
         self.loss = with_label_smoothing(task.loss, config.label_smoothing)
         model = task.model.to(processes.device).train()
@@ -73,48 +71,96 @@ class Trainer:
             raise ValueError(
                 "--checkpoint-activations: the model has no blocks, in a Sequential or a ModuleList, to compute anew"
             )
-        example = map_tensors(lambda tensor: tensor.to(processes.device), _collate([task.train[0]]))[0]
+        example = map_tensors(lambda tensor: tensor.to(processes.device), default_collate([task.train[0]]))[0]
         self.replica, self.groups, self.group_index = arranged(model, example, config, processes)
+        self.batches = StepBatches(
+            task.train,
+            DataOrder(self.size, config.seed),
+            self.augmentation,
+            processes.device,
+            group=self.group_index,
+            groups=self.groups,
+            workers=config.workers,
+        )
         kind = OPTIMIZERS[config.optimizer]
-        self.base_rate = kind.learning_rate if config.learning_rate is None else config.learning_rate
+        base_rate = kind.learning_rate if config.learning_rate is None else config.learning_rate
         trained = [(name, one) for name, one in self.replica.model.named_parameters() if one.requires_grad]
         if not trained:
             raise ValueError("no parameter of the model requires a gradient: there is nothing to train")
         if kind.whole_layers and self.groups < processes.world_size:
             raise ValueError(f"--optimizer {config.optimizer} needs whole layers on each rank: leave out --mesh and --plan")
-        self.optimizer = kind.make(self.replica.model, _by_kind(trained), self.base_rate, config)
+        in_parts = config.shard or self.groups < processes.world_size
+        if in_parts and (config.adversarial_share or config.adaptive_batch == "absa"):
+            raise ValueError("adversarial examples need the whole model on each rank: leave out --shard, --mesh and --plan")
+        self.optimizer = kind.make(self.replica.model, _groups(trained, config.layer_rates is not None), base_rate, config)
+        self.control = StepControl(config, self.optimizer, dict(trained), base_rate, self.steps, self.size)
         self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
         self.expected_weight = float(config.batch_size)  # of a step's batch, over all ranks: as much as in the step before
+        self.expected_batch = config.batch_size  # of which the expected weight is
         self._weighing = Objective(self.replica.model, self.loss, [])  # counts what a batch's loss averages over
 
     @property
     def steps(self) -> int:
-        """How many steps the whole run has."""
+        """How many steps the whole run has, if the batch stays as it is."""
         if self.config.steps is not None:
             return self.config.steps
         epochs = 10.0 if self.config.epochs is None else self.config.epochs
         return math.ceil(epochs * self.size / self.config.batch_size)
 
     @property
-    def examples(self) -> int:
-        """How many examples have been trained on."""
-        return self.step * self.config.batch_size
-
-    def learning_rate(self) -> float:
-        """Of the step to come."""
-        share_of_base = rate(self.step, self.steps, self.config.warmup, self.config.schedule)
-        return self.base_rate * self.rate_scale * share_of_base
+    def done(self) -> bool:
+        """Whether the examples of that many steps have been trained on."""
+        return self.examples >= self.steps * self.config.batch_size
 
     def train(self) -> Iterator[dict[str, float]]:
         """Take the steps that are left; what each of them measured. NotFiniteError leaves the weights as they were."""
-        last = self.steps
-        loader = iter(self._loader(last))
-        while self.step < last:
+        size = 0
+        loaded: Iterator[list[Part]] = iter(())
+        while not self.done:
+            self.processes.at(self.step, PHASES[3])
+            self._seed()
+            self.control.update(self.step, self.examples, self)
+            if self.control.batch_size != size:
+                before, size = size or self.expected_batch, self.control.batch_size
+                self.expected_weight *= size / before
+                self.expected_batch = size
+                loaded = self.batches.steps(self.step, self.examples, size, self.control.passes)
             self.processes.at(self.step, PHASES[0])
-            yield self._step([next(loader) for _ in range(self.config.accumulate)])
+            yield self._step(next(loaded))
 
-    def _step(self, loaded: list[Any]) -> dict[str, float]:
-        parts = [self._prepared(items, number) for number, items in enumerate(loaded)]
+    def curvature(self) -> CurvatureOperator:
+        """The Hessian of the loss of the examples that come next, as they are in the data set, of the model in its mode."""
+        return self._operator([self._next(0, max(self.config.curvature_examples, self.groups))])
+
+    def noise_scale(self) -> NoiseScale:
+        """Of the gradient, by the examples that come next."""
+        count = max(self.config.curvature_examples, self.groups)
+        chunks = [self._next(number * count, count) for number in range(2)]
+        return noise_scale(self.replica.measured_model, self.loss, chunks)
+
+    def top_eigenvalue(self) -> float:
+        """Of `curvature`."""
+        own = keyed_generator("eigenvalue", self.config.seed, self.step)
+        return float(hessian.top_eigenpairs(self.curvature(), tol=0.05, generator=own).values[0])
+
+    def sharpness(self) -> dict[str, float]:
+        """The top eigenvalue and the trace of `curvature`."""
+        own = keyed_generator("sharpness", self.config.seed, self.step)
+        operator = self.curvature()
+        top = hessian.top_eigenpairs(operator, tol=0.05, generator=own)
+        trace = hessian.trace(operator, method="hutchinson", max_matvecs=_TRACE_PROBES, generator=own)
+        return {"top_eigenvalue": float(top.values[0]), "trace": trace.value, "trace_stderr": trace.stderr}
+
+    def _next(self, skipped: int, count: int) -> Any:
+        return self.batches.examples(self.examples + skipped, count)
+
+    def _operator(self, batches: list[Any]) -> CurvatureOperator:
+        operator = curvature.hessian(self.replica.measured_model, self.loss, batches, shard_vectors=False)
+        assert isinstance(operator, CurvatureOperator)
+        return operator
+
+    def _step(self, parts: list[Part]) -> dict[str, float]:
+        parts = [self._attacked(part) for part in parts]
         weights = [self._weighing.weight(self._own(part.batch)) for part in parts]
         self._seed()
         self.optimizer.zero_grad(set_to_none=True)
@@ -146,21 +192,41 @@ class Trainer:
             self.replica.shorten_gradient(norm, self.config.clip)
         if isinstance(self.optimizer, AdaHessian) and self.optimizer.needs_curvature():
             self._observe(self.optimizer, list(zip(parts, weights, strict=True)), mixing)
-        learning_rate = self.learning_rate()
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
+        learning_rate = self.control.set_rates(self.examples, self.rate_scale)
         self.optimizer.step()
         self.step += 1
+        self.examples += self.control.batch_size
         if self.average is not None:
             self.average.update(self.step)
-        return {
+        row = {
             "step": self.step,
             "examples": self.examples,
             "loss": value,
             "learning_rate": learning_rate,
-            "batch_size": self.config.batch_size,
+            "batch_size": self.control.batch_size,
             "gradient_norm": length,
         }
+        every = self.config.sharpness_every
+        if every is not None and self.step % every == 0:
+            self.processes.at(self.step, PHASES[3])
+            row |= self.sharpness()
+        return row
+
+    def _attacked(self, part: Part) -> Part:
+        """The part, with the share of its examples that is to be adversarial moved against the loss; the same examples on any
+        number of ranks."""
+        share = self.control.adversarial_share
+        if not share:
+            return part
+        inputs, targets = part.batch
+        positions = torch.arange(part.first, part.first + len(inputs))
+        chosen = ((positions + 1) * share).floor() > (positions * share).floor()
+        if not chosen.any():
+            return part
+        rows = chosen.nonzero().squeeze(1).to(inputs.device)
+        changed = inputs.clone()
+        changed[rows] = fgsm(self.replica.measured_model, self.loss, inputs[rows], targets[rows], self.config.epsilon)
+        return replace(part, batch=[changed, targets])
 
     def _weigh_pass(self, weight: float, expected: float, passes: int) -> None:
         """Tell an optimizer that reads gradients in the passes what their loss is to the items' losses."""
@@ -169,14 +235,14 @@ class Trainer:
             items = weight / shares if self._weighing.is_sum else weight
             self.optimizer.weigh(items, expected / self.replica.sum_gradients)
 
-    def _observe(self, optimizer: AdaHessian, parts: list[tuple[_Part, float]], mixing: float) -> None:
+    def _observe(self, optimizer: AdaHessian, parts: list[tuple[Part, float]], mixing: float) -> None:
         """Show the optimizer the Hessian of the step's loss, or of its first passes; `parts` have their weights."""
         chosen = parts[: self.config.curvature_passes]
         total = torch.tensor(sum(weight for _, weight in chosen), dtype=torch.float64, device=self.processes.device)
         distributed.all_reduce(total)
         whole = len(chosen) / len(parts) if self._weighing.is_sum else float(total) or 1.0
 
-        def loss(model: nn.Module, part: tuple[_Part, float]) -> torch.Tensor:
+        def loss(model: nn.Module, part: tuple[Part, float]) -> torch.Tensor:
             return self._loss(model, part[0], mixing, counts=part[1] > 0) * (part[1] / whole)
 
         self.processes.at(self.step, PHASES[3])
@@ -200,7 +266,7 @@ class Trainer:
             for number in range(rounds):
                 first = start + number * _EVALUATION_BATCH
                 chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)  # a rank without any keeps step
-                items = _collate([dataset[index] for index in chosen])
+                items = default_collate([dataset[index] for index in chosen])
                 batch = map_tensors(lambda tensor: tensor.to(self.processes.device), items)
                 outputs, own = self.replica.outputs(batch[0]), self._own(batch)
                 examples = count_examples(own)
@@ -232,41 +298,7 @@ class Trainer:
         if size > self.size:
             raise ValueError(f"--batch-size {size}: the training data has {self.size} examples")
 
-    def _loader(self, last: int) -> DataLoader[Any]:
-        """This rank's examples of all passes to come; with mixup, their partners behind them."""
-        return DataLoader(
-            self.task.train,
-            batch_sampler=self._chosen(last),
-            num_workers=self.config.workers,
-            collate_fn=list,
-            generator=torch.Generator(),
-        )
-
-    def _chosen(self, last: int) -> Iterator[list[int]]:
-        size, accumulate = self.config.batch_size, self.config.accumulate
-        for step in range(self.step, last):
-            first = step * size
-            batch = self.order.take(first, size)
-            partners = self.augmentation.partners(step, batch) if self.augmentation.mixup else []
-            for start, stop in micro_batches(first, size, accumulate, self.group_index, self.groups):
-                yield batch[start - first : stop - first] + partners[start - first : stop - first]
-
-    def _prepared(self, items: list[Any], number: int) -> _Part:
-        """Items of pass `number` as tensors on the device, augmented."""
-        size, accumulate = self.config.batch_size, self.config.accumulate
-        first, stop = list(micro_batches(0, size, accumulate, self.group_index, self.groups))[number]
-        found: list[Any] = []
-        for half in (items[: stop - first], items[stop - first :]):
-            if not half:
-                found.append(None)
-                continue
-            batch = map_tensors(lambda tensor: tensor.to(self.processes.device), _collate(half))
-            if self.augmentation.changes_images:
-                batch[0] = self.augmentation.images(batch[0], self.step, size, first)
-            found.append(batch)
-        return _Part(*found)
-
-    def _loss(self, model: Callable[[Any], Any], part: _Part, mixing: float, *, counts: bool) -> torch.Tensor:
+    def _loss(self, model: Callable[[Any], Any], part: Part, mixing: float, *, counts: bool) -> torch.Tensor:
         """The loss of this rank's examples by `model`; 0 where none `counts`, of which a mean is not defined."""
         inputs, targets = part.batch[0], self._own(part.batch)[1]
         if part.partners is not None:
@@ -290,10 +322,18 @@ class Trainer:
         return contextlib.nullcontext() if self.average is None else self.average.in_place()
 
 
-def _by_kind(parameters: list[tuple[str, nn.Parameter]]) -> list[dict[str, Any]]:
-    """Parameter groups of whole and of divided tensors, which torch's optimizers cannot update together."""
-    kinds = [[(name, one) for name, one in parameters if isinstance(one, DTensor) == divided] for divided in (False, True)]
-    return [{"params": one} for one in kinds if one]
+def _groups(parameters: list[tuple[str, nn.Parameter]], layerwise: bool) -> list[dict[str, Any]]:
+    """Parameter groups of whole and of divided tensors, which torch's optimizers cannot update together; one a layer if rates
+    are `layerwise`."""
+    found: list[dict[str, Any]] = []
+    named = dict(parameters)
+    layers = by_layer(list(named)) if layerwise else {"": list(named)}
+    for layer, names in layers.items():
+        for divided in (False, True):
+            kind = [(name, named[name]) for name in names if isinstance(named[name], DTensor) == divided]
+            if kind:
+                found.append({"params": kind} | ({"layer": layer} if layerwise else {}))
+    return found
 
 
 def with_label_smoothing(loss: LossFunction, smoothing: float) -> LossFunction:
@@ -319,7 +359,3 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     finally:
         for module, mode in modes.items():
             module.training = mode
-
-
-def _collate(items: list[Any]) -> Any:
-    return torch.utils.data.default_collate(items)
