@@ -74,7 +74,7 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float:
 class CurvatureRates:
     r"""The rates of layers, from products with the Hessian of a few examples every some steps.
 
-    Of each layer's block the largest eigenvalue is followed by a power iteration that all layers share: one product with
+    Of each layer's block the eigenvalue of largest magnitude is followed by a power iteration that all layers share: one product with
     the blocks' vectors under random signs s gives, for layer l, :math:`s_l (H z)_l = H_{ll} v_l + \sum_{k \ne l} s_l s_k H_{lk}
     v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix under the
     rates that these give, which the safe rate is taken from: layers that are stable one by one need not be together.
@@ -92,7 +92,7 @@ class CurvatureRates:
             self.sizes[layer_of(name)] += parameter.numel()
             numbers.append(torch.full((parameter.numel(),), self.layers.index(layer_of(name))))
         self._layer = torch.cat(numbers)
-        self.blocks: torch.Tensor | None = None  # (P,): each layer's part, of the length of its eigenvalue
+        self.blocks: torch.Tensor | None = None  # (P,): each layer's part points along its eigenvector
         self.whole: torch.Tensor | None = None  # (P,)
         self.curvatures = dict.fromkeys(self.layers, 0.0)
         self.largest = 0.0
@@ -100,8 +100,8 @@ class CurvatureRates:
 
     @property
     def relative(self) -> dict[str, float]:
-        """Each layer's rate over the safe rate."""
-        return relative_rates(self.curvatures, self.sizes, self.ratio)
+        """Each layer's rate over the safe rate, by how strongly it curves the loss, whether up or down."""
+        return relative_rates({name: abs(value) for name, value in self.curvatures.items()}, self.sizes, self.ratio)
 
     @property
     def safe_rate(self) -> float:
@@ -153,7 +153,7 @@ class CurvatureRates:
         memory = min(_LAYER_MEMORY, 1 - 1 / self._averaged)
         now = memory * known + (1 - memory) * found
         self.curvatures = dict(zip(self.layers, now.tolist(), strict=True))
-        self.blocks = memory * now.clamp(min=0)[layer] * vectors + (1 - memory) * product
+        self.blocks = memory * now[layer] * vectors + (1 - memory) * product
 
     def _product(self, operator: CurvatureOperator, vector: torch.Tensor) -> torch.Tensor:
         space = operator.space
