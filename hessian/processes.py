@@ -5,17 +5,20 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 import torch
 from torch import distributed, nn
 from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]  # documented all the same
 from torch.distributed.rendezvous import rendezvous
 
+_Value = TypeVar("_Value")
+
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+_PATIENCE = timedelta(seconds=10)  # for rank 0 to fail as others have
 
 
 class RankLostError(RuntimeError):
@@ -42,6 +45,42 @@ class Processes:
         if self.world_size > 1:
             for tensor in model.state_dict(keep_vars=True).values():
                 distributed.broadcast(tensor.detach(), 0)
+
+    def first(self, compute: Callable[[], _Value]) -> _Value:
+        """Collective: what `compute` returns on rank 0, which alone calls it; its error is a RuntimeError on the others."""
+        if self.world_size == 1:
+            return compute()
+        value, failure = None, None
+        if self.rank == 0:
+            try:
+                value = compute()
+            except Exception as error:
+                failure = error
+        told: list[Any] = [(value, None if failure is None else str(failure))]
+        distributed.broadcast_object_list(told)
+        if failure is not None:
+            raise failure
+        value, text = told[0]
+        if text is not None:
+            raise RuntimeError(text)
+        return value
+
+    def alone(self) -> "Processes":
+        """This process by itself, for what it does without the others."""
+        return replace(self, rank=0, world_size=1)
+
+    def tell_failure(self, text: str) -> None:
+        """On rank 0: let the others know what it has said of its end."""
+        self.store.set("failure", text)
+
+    def is_told(self, text: str) -> bool:
+        """On another rank: whether rank 0 says the same, waiting for it, since torchrun ends all as soon as one has failed."""
+        try:
+            self.store.wait(["failure"], _PATIENCE)
+            told = self.store.get("failure").decode()
+            return text in told or told in text
+        except RuntimeError:  # rank 0 has not failed so far, or the store is gone with it
+            return False
 
     def introduce(self) -> None:
         """Let the others know where this rank runs."""
@@ -82,6 +121,11 @@ class Processes:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
 
+def one_process(device: torch.device | str = "cpu") -> Processes:
+    """A process that is not one of many."""
+    return Processes(0, 1, torch.device(device), HashStore(), 0)
+
+
 def leave(code: int) -> NoReturn:
     """End this process, under torchrun at once. A gloo group's threads can abort the interpreter while it shuts down (pytorch
     issue 179291), and torchrun would take that for a failure."""
@@ -113,7 +157,7 @@ def joined(device: str = "cpu", timeout: float = 600.0, *, always: bool = True) 
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     if missing and not always:
-        yield Processes(0, 1, place, HashStore(), 0)
+        yield one_process(place)
         return
     limit = timedelta(seconds=timeout)
     store: Store
