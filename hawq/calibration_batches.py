@@ -25,7 +25,13 @@ def calibration_batches(options: Options, task: Task, stages: Stages, example: t
 
     def compute() -> bytes:
         batches = distilled_batches(
-            task.model, task.loss, example, size=size, batch_size=batch_size, generator=generator, progress=True
+            task.model,
+            task.loss,
+            example,
+            size=size,
+            batch_size=batch_size,
+            generator=generator,
+            progress=stages.processes.rank == 0,
         )
         parts = {
             f"{name}.{index:06}": tensor for index, pair in enumerate(batches) for name, tensor in zip("xy", pair, strict=True)

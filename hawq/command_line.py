@@ -46,6 +46,9 @@ def parser() -> argparse.ArgumentParser:
   python -m hawq.quantize digits-mobilenet --max-size 60000 --max-bops 0.6 --out out/small
   python -m hawq.quantize digits-mobilenet --max-drop 0.01 --layer-bits 'features.0.*=8' --pareto
   python -m hawq.quantize my_package.tasks:cifar --weights model.safetensors --avg-bits 3 --activations none
+  torchrun --nproc-per-node 4 -m hawq.quantize digits-mobilenet --sensitivity q-bert
+torchrun divides the calibration data of traces and sensitivities among its processes, with the results of one process to
+rounding; the first then rounds, fine-tunes, exports and measures alone.
 exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )

@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 from hawq.patches import TRANSPOSED, MatrixForm
+from hessian.objective import Data, LossFunction, Objective
+from hessian.operators.curvature import as_objective
 
 aten = torch.ops.aten
 
@@ -232,6 +234,14 @@ def set_parameter(graph: fx.GraphModule, target: str, value: torch.Tensor) -> No
     module, _, name = target.rpartition(".")
     owner = graph.get_submodule(module)
     setattr(owner, name, nn.Parameter(value, requires_grad=True))
+
+
+def traceable(model: nn.Module | Objective, loss: LossFunction | None, data: Data | None) -> Objective:
+    """The Objective that a public function was called with; TypeError where it calls the network in a way of its own."""
+    objective = as_objective(model, loss, data)
+    if objective.forward is not None:
+        raise TypeError("a network is traced from batches of (inputs, targets): pass an Objective without `forward`")
+    return objective
 
 
 def example_inputs(batches: Any) -> torch.Tensor:

@@ -28,7 +28,9 @@ from hawq.sensitivity.hessian import layer_traces
 from hawq.sensitivity.top_eigenvalue import top_eigenvalues
 from hawq.stages import Stages, bytes_digest, digest, model_digest, tensors_digest
 from hessian.objective import Objective, batches_of
+from hessian.processes import Processes
 from hessian.results import LayerReport
+from hessian.split_data import divided
 from hessian.task import Task, load_task
 
 logger = logging.getLogger("hawq")
@@ -54,14 +56,15 @@ class Job:
     key: dict[str, Any]
 
     @classmethod
-    def start(cls, options: Options) -> "Job":
-        """Check what can be checked, load the task, evaluate the float network and fold it."""
+    def start(cls, options: Options, processes: Processes) -> "Job":
+        """Check what can be checked, load the task, evaluate the float network and fold it. Collective."""
         options.check()
-        options.check_folder()
+        processes.first(options.check_folder)
         runtime.require()
         task = load_task(options.task, options.weights)
         task.model.eval()  # as it will be used; a network that was just built is in training mode
-        stages = _prepare_folder(options, task.model)
+        processes.broadcast(task.model)
+        stages = _prepare_folder(options, task.model, processes)
         evaluation = batches_of(task.evaluation, options.batch_size)
         example = example_inputs(evaluation)[:2]
         calibration = calibration_batches(options, task, stages, example)
@@ -82,6 +85,7 @@ class Job:
             "versions": [version("hessianware"), torch.__version__],
             "seed": options.seed,
         }
+        processes.agree({name: key[name] for name in ("network", "calibration", "versions", "seed")})
         layers = find_layers(graph)
         require_layers(layers)
         unreached = unreached_weights(task.model, graph)
@@ -93,9 +97,22 @@ class Job:
         ties = tied_layers(layers)
         return cls(options, task, stages, calibration, evaluation, example, result, graph, layers, ties, key)
 
+    @property
+    def is_first(self) -> bool:
+        """Whether this process is the one that reports."""
+        return self.stages.processes.rank == 0
+
+    def alone(self) -> "Job":
+        """The same job for this process alone."""
+        return replace(self, stages=self.stages.alone())
+
+    def objective(self) -> Objective:
+        """The task's loss over the calibration data, of which every process takes its part."""
+        return divided(self.graph, self.task.loss, self.calibration, self.stages.processes.world_size)
+
     def budgets(self) -> list[Budget]:
         """What the options allow; UsageError, before any work, where no widths can keep it."""
-        return budgets(self.options, self.graph, self.layers, self.ties, self.example)
+        return self.stages.processes.first(lambda: budgets(self.options, self.graph, self.layers, self.ties, self.example))
 
     @property
     def num_params(self) -> int:
@@ -111,8 +128,13 @@ class Job:
         """The Hessian trace of every layer's weights."""
 
         def compute() -> bytes:
-            objective = Objective(self.graph, self.task.loss, self.calibration)
-            traces = layer_traces(objective, self.layers, augment=self.options.augment, generator=self.generator, progress=True)
+            traces = layer_traces(
+                self.objective(),
+                self.layers,
+                augment=self.options.augment,
+                generator=self.generator,
+                progress=self.is_first,
+            )
             return traces.to_json().encode()
 
         return LayerReport.from_json(self.stages.run("traces", self.key | {"augment": self.options.augment}, compute).decode())
@@ -136,8 +158,7 @@ class Job:
         inputs = self.inputs(allocation) | settings | {"batch_size": options.batch_size}
 
         def eigenvalues() -> dict[str, float]:
-            objective = Objective(self.graph, self.task.loss, self.calibration)
-            found = top_eigenvalues(objective, self.layers, generator=self.generator, progress=True)
+            found = top_eigenvalues(self.objective(), self.layers, generator=self.generator, progress=True)
             return {name: eigenvalue.value for name, eigenvalue in found.items()}
 
         def compute() -> bytes:
@@ -236,16 +257,19 @@ def _knows(budget: Budget, bits: dict[str, int]) -> bool:
     return not budget.products and all(width in budget.costs.get(row, {width: 0.0}) for row, width in bits.items())
 
 
-def _prepare_folder(options: Options, model: torch.nn.Module) -> Stages:
+def _prepare_folder(options: Options, model: torch.nn.Module, processes: Processes) -> Stages:
     """The stages' folder, made now so that a disk that is full or cannot be written to is noticed before the work."""
+    processes.first(lambda: _make_folder(options, model))
+    return Stages(options.out / ".resume", processes, resume=options.resume)
+
+
+def _make_folder(options: Options, model: torch.nn.Module) -> None:
     try:
         options.out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"--out {options.out} cannot be made: {error.strerror}") from error
     shutil.rmtree(options.out / ".partial", ignore_errors=True)
-    stages = Stages(options.out / ".resume", resume=options.resume)
     needed = 3 * sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values()) + 2**21
     free = shutil.disk_usage(options.out).free
     if free < needed:
         raise OSError(f"{options.out} has {free:,} bytes free, and this job needs up to {needed:,}: free some or name another")
-    return stages

@@ -14,7 +14,6 @@ from hawq.max_drop import smallest_within
 from hawq.sensitivity import SensitivityTable, activation_sensitivity, automatic_method, rounding_errors, sensitivity
 from hawq.sensitivity.hessian import hessian_trace
 from hawq.stability import Stability, stability
-from hessian.objective import Objective
 from hessian.results import LayerReport
 
 _STABILITY_SECONDS = 30
@@ -26,32 +25,29 @@ def sensitivities(job: Job, traces: LayerReport) -> SensitivityTable:
     options, bits = job.options, job.options.offered_bits
     method = options.sensitivity
     if method == "auto":
-        method = automatic_method(Objective(job.graph, job.task.loss, job.calibration), job.layers)
+        method = automatic_method(job.objective(), job.layers)
 
     def weights() -> Any:
         if method == "hessian-trace":
-            return hessian_trace(job.layers, rounding_errors(job.graph, job.layers, bits, progress=True), traces).to_dict()
+            errors = rounding_errors(job.graph, job.layers, bits, progress=job.is_first)
+            return hessian_trace(job.layers, errors, traces).to_dict()
         table = sensitivity(
-            job.graph,
-            job.task.loss,
-            job.calibration,
+            job.objective(),
             bits=bits,
             method=method,
             bias_correction=options.bias_correction,
             generator=job.generator,
-            progress=True,
+            progress=job.is_first,
         )
         return table.to_dict()
 
     def activations() -> Any:
         table = activation_sensitivity(
-            job.graph,
-            job.task.loss,
-            job.calibration,
+            job.objective(),
             bits=options.activations,
             range_method=options.ranges,  # type: ignore[arg-type]  # one of its choices
             generator=job.generator,
-            progress=True,
+            progress=job.is_first,
         )
         return table.to_dict()
 

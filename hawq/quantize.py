@@ -1,4 +1,7 @@
-"""python -m hawq.quantize TASK: from a trained network to a small file that runs on integers, and a report that shows why."""
+"""python -m hawq.quantize TASK: from a trained network to a small file that runs on integers, and a report that shows why.
+
+torchrun ... -m hawq.quantize TASK divides the data of traces and sensitivities among processes.
+"""
 
 import json
 import logging
@@ -9,6 +12,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
@@ -34,18 +38,27 @@ from hawq.report import build_report
 from hawq.sensitivity import SensitivityTable
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
+from hessian.processes import Processes, joined, leave, one_process
 from hessian.task import UnknownTaskError
 
 _MOST_RAISED = 3  # layers, after which a loss that stays infinite is an error
 
 
-def quantize(options: Options) -> dict[str, Any]:
-    """Run the whole job and write its results; the contents of report.json."""
-    job = Job.start(options)  # the float network, evaluated, its batch norm folded
+def quantize(options: Options, processes: Processes) -> dict[str, Any] | None:
+    """Run the whole job and write its results; the contents of report.json.
+
+    Several processes divide the data of traces and sensitivities; what follows is the first one's, and the others return None.
+    """
+    job = Job.start(options, processes)  # the float network, evaluated, its batch norm folded
     budgets = job.budgets()
 
     traces = job.traces()
     table = sensitivities(job, traces)
+    if not job.is_first:
+        return None
+    job = job.alone()
+    threads = torch.get_num_threads() * int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads)  # those of the processes that have left, too
     allocation, trials = job.allocate(table, budgets), None
     if options.max_drop is not None:
         allocation, trials = smallest(job, table, budgets)
@@ -171,38 +184,52 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: Options, stdout: TextIO) -> int:
     """Do what `options` say and print the result to `stdout`; the exit code."""
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("hawq").setLevel(logging.INFO)
+    is_first = os.environ.get("RANK", "0") == "0"
+    logging.basicConfig(level=logging.WARNING if is_first else logging.ERROR, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("hawq").setLevel(logging.INFO if is_first else logging.ERROR)
+    if not is_first:
+        warnings.simplefilter("ignore")  # the first process has the same
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise UsageError(
-                "this command runs in one process, and torchrun started several: start it by python -m hawq.quantize"
-            )
-        report = quantize(options)
+        with joined(always=False) as processes:
+            return _run(options, processes, stdout)
+    except Exception as error:  # the processes did not meet
+        return _fail(options, one_process(), error, 2)
+
+
+def _run(options: Options, processes: Processes, stdout: TextIO) -> int:
+    try:
+        report = quantize(options, processes)
     except (UsageError, UnknownTaskError) as error:
-        return _fail(options, error, 2)
+        return _fail(options, processes, error, 2)
     except KeyboardInterrupt as error:
         note = f"interrupted; finished stages are kept: add --resume to go on in {options.out}"
-        return _fail(options, error, 1, note)
+        return _fail(options, processes, error, 1, note)
     except Exception as error:  # whatever a user's network, data or disk can raise: one line, and the folder cleaned up
-        return _fail(options, error, 1)
-    text = json.dumps(report, indent=1) if options.json else summary(report, options.out)
-    write_result(stdout, text + "\n")
+        return _fail(options, processes, error, 1)
+    if report is not None:
+        text = json.dumps(report, indent=1) if options.json else summary(report, options.out)
+        write_result(stdout, text + "\n")
     return 0
 
 
-def _fail(options: Options, error: BaseException, code: int, message: str | None = None) -> int:
-    """Say in one line what went wrong and leave nothing half-written behind."""
-    shutil.rmtree(options.out / ".partial", ignore_errors=True)
+def _fail(options: Options, processes: Processes, error: BaseException, code: int, message: str | None = None) -> int:
+    """Say in one line what went wrong, once for all processes, and leave nothing half-written behind."""
+    if processes.world_size > 1:  # torchrun ends all as soon as one has failed
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if processes.rank == 0 else signal.SIG_DFL)
     if options.debug:
         traceback.print_exception(error)
     ours = isinstance(error, ValueError | TypeError | OSError | RuntimeError | ModuleNotFoundError)
     text = message or (str(error) if ours else f"{type(error).__name__}: {error} (--debug shows where)")
-    print(f"error: {text}", file=sys.stderr)
+    if processes.rank == 0:
+        shutil.rmtree(options.out / ".partial", ignore_errors=True)
+        print(f"error: {text}", file=sys.stderr)
+        processes.tell_failure(text)
+    elif not processes.is_told(text):
+        print(f"rank {processes.rank}: error: {text}", file=sys.stderr)
     return code
 
 
 if __name__ == "__main__":
     parsed = parse()
-    sys.exit(run(parsed, reserve_stdout()))
+    leave(run(parsed, reserve_stdout()))

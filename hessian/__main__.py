@@ -18,11 +18,11 @@ import hessian
 from hessian import figures, landscape
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
-from hessian.objective import Objective, batches_of, count_examples, split_batch
+from hessian.objective import batches_of, count_examples, split_batch
 from hessian.processes import Processes, joined, leave
 from hessian.report import Findings, render_html, summary
 from hessian.report_options import Options, Plan, ProductCost, parse
-from hessian.split_data import SplitObjective, own_parts
+from hessian.split_data import divided
 from hessian.task import Task
 
 PICTURES = ("spectrum", "layers", "landscape_line", "landscape_contour", "convergence")
@@ -45,7 +45,7 @@ def analyse(options: Options, processes: Processes) -> Findings:
     progress = processes.rank == 0
 
     data = list(draw(options, task, plan.examples))
-    objective = _objective(task, data, processes)
+    objective = divided(task.model, task.loss, data, processes.world_size)
     operator = hessian.Hessian(objective)
     shapes = {name: tuple(parameter.shape) for name, parameter in operator.parameters.items()}
 
@@ -75,7 +75,7 @@ def analyse(options: Options, processes: Processes) -> Findings:
         plane = stages.run(
             "plane",
             lambda _: landscape.plane(
-                _objective(task, nearby, processes), directions=top.vectors[:, :2], num_points=size, progress=progress
+                objective.over_whole(nearby), directions=top.vectors[:, :2], num_points=size, progress=progress
             ),
         )
     return Findings(
@@ -116,13 +116,6 @@ def choose_plan(options: Options, task: Task) -> Plan:
             operator.loss_and_gradient()
         cost = ProductCost.of(counter.get_total_flops() / counted, options.device)
     return options.plan(available, operator.shape[0], len(operator.parameters), cost)
-
-
-def _objective(task: Task, batches: list[Any], processes: Processes) -> Objective:
-    """The task's loss over the batches, of each of which every process takes its part."""
-    if processes.world_size == 1:
-        return Objective(task.model, task.loss, batches)
-    return SplitObjective(task.model, task.loss, own_parts(batches, processes.rank, processes.world_size))
 
 
 class _Stages:

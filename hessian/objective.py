@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from hessian.space import VectorSpace
 
 _Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 LossFunction = Callable[[Any, Any], torch.Tensor]
 Data = Iterable[Any]
@@ -182,6 +183,18 @@ class Objective:
         """What `compute` returns on every process that holds data; here there is one."""
         return [compute()]
 
+    def whole_batches(self) -> Iterator[Any]:
+        """The batches of all processes that hold data, of which this process must have a copy; here they are all its own."""
+        return self.batches()
+
+    def each(self, compute: Callable[[_Item], _Value], items: Iterable[_Item]) -> list[_Value]:
+        """What `compute` returns for every item, in order; the processes that hold data share the items, here there is one."""
+        return [compute(item) for item in items]
+
+    def seed(self, generator: torch.Generator | None) -> int:
+        """A random seed, the same on all processes that hold data."""
+        return int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
+
     def space(self, size: int, dtype: torch.dtype, device: torch.device) -> VectorSpace:
         """The space of vectors in the parameters of an operator of this objective."""
         return VectorSpace(size, dtype, device)
@@ -190,6 +203,16 @@ class Objective:
         """The same loss of the same model over other data."""
         other = copy.copy(self)
         other.data, other.micro_batch, other._total_weight = data, micro_batch, None
+        return other
+
+    def over_whole(self, data: Data) -> Self:
+        """The same loss of the same model over other data, of which every process has a copy."""
+        return self.over(data)
+
+    def of(self, model: nn.Module) -> Self:
+        """The same loss over the same data, of another model."""
+        other = copy.copy(self)
+        other.model = model
         return other
 
     @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hessian.draws import ExampleDraws
 from hessian.item_losses import item_losses
 from hessian.objective import LossFunction, Objective
 from hessian.output_loss import leaf_copy
@@ -33,7 +34,7 @@ def output_cotangents(
     outputs: torch.Tensor,
     leaf: torch.Tensor,
     loss: torch.Tensor,
-    generator: torch.Generator,
+    draws: ExampleDraws,
 ) -> torch.Tensor:
     r"""Cotangents u of one batch's examples, (C, \*outputs.shape); `leaf` and `loss` are `loss_in_double`'s.
 
@@ -49,14 +50,13 @@ def output_cotangents(
     if kind == "empirical":
         return _cotangents_of_item_losses(objective, batch, outputs)
     if kind == "sampled":
-        drawn = _cotangents_of_drawn_labels(objective, batch, outputs, generator)
+        drawn = _cotangents_of_drawn_labels(objective, batch, outputs, draws)
         if drawn is not None:
             return drawn
     width = outputs[0].numel()
     if width > _MAX_OUTPUTS:
         advice = "kind='sampled' has no such limit for a torch.nn.CrossEntropyLoss, nor has " if kind == "exact" else "use "
         raise ValueError(f"there are {width} outputs an example, more than {_MAX_OUTPUTS}: {advice}kind='empirical'")
-    draws = torch.randint(0, 2, (len(outputs), width), generator=generator) * 2 - 1  # in any case: the next batch's follow
     cotangents, signs = output_curvature_factors(leaf, loss, outputs)
     if not len(cotangents):
         return cotangents
@@ -69,8 +69,9 @@ def output_cotangents(
         )
     factors = factors * (signs > 0).unsqueeze(2)  # below zero is rounding
     if kind == "sampled":
+        signs = draws.signs((len(outputs), width)).to(outputs)
         lengths = eigenvalues.sqrt().clamp_min(torch.finfo(outputs.dtype).tiny)
-        along = torch.einsum("cnw,nw->cn", factors, draws.to(outputs)) / lengths
+        along = torch.einsum("cnw,nw->cn", factors, signs) / lengths
         factors = torch.einsum("cn,cnw->nw", along, factors)
     return factors.reshape(-1, *outputs.shape)
 
@@ -135,7 +136,7 @@ def _cotangents_of_item_losses(objective: Objective, batch: object, outputs: tor
 
 
 def _cotangents_of_drawn_labels(
-    objective: Objective, batch: object, outputs: torch.Tensor, generator: torch.Generator
+    objective: Objective, batch: object, outputs: torch.Tensor, draws: ExampleDraws
 ) -> torch.Tensor | None:
     """Those of a softmax cross-entropy over dimension 1, one label drawn for each position; None for another loss.
 
@@ -156,8 +157,7 @@ def _cotangents_of_drawn_labels(
         losses = unreduced(uniform, targets).double()
         shares = losses / math.log(outputs.shape[1]) * (loss(uniform, targets).double() / losses.sum())
         probabilities = outputs.detach().double().softmax(1)
-        draws = torch.rand(losses.shape, generator=generator, dtype=torch.float64).to(outputs.device)
-        below = probabilities.cumsum(1) < draws.unsqueeze(1)
+        below = probabilities.cumsum(1) < draws.uniform(losses.shape).to(outputs.device).unsqueeze(1)
         labels = below.sum(1, keepdim=True).clamp_max(outputs.shape[1] - 1)
         drawn = torch.zeros_like(probabilities).scatter_(1, labels, 1.0)
         return (shares.sqrt().unsqueeze(1) * (probabilities - drawn)).unsqueeze(0).to(outputs.dtype)

@@ -6,7 +6,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, NoReturn, TypeVar
 
@@ -18,6 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 _Value = TypeVar("_Value")
 
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # that torchrun sets
+_PATIENCE = timedelta(seconds=10)  # for rank 0 to fail as others have
 
 
 class RankLostError(RuntimeError):
@@ -49,25 +50,42 @@ class Processes:
             for tensor in model.state_dict(keep_vars=True).values():
                 distributed.broadcast(tensor.detach(), 0)
 
-    def on_first(self, compute: Callable[[], _Value]) -> _Value:
-        """Collective: what `compute` returns on rank 0, which alone calls it; its error is raised there, and FirstRankError on
-        the others. Picklable values."""
-        outcome: list[Any] = [None, None]
-        failure: Exception | None = None
+    def first(self, compute: Callable[[], _Value]) -> _Value:
+        """Collective: what `compute` returns on rank 0, which alone calls it; its error is a FirstRankError on the others.
+        Picklable values."""
+        if self.world_size == 1:
+            return compute()
+        value, failure = None, None
         if self.rank == 0:
             try:
-                outcome = [compute(), None]
+                value = compute()
             except Exception as error:
-                failure, outcome = error, [None, str(error)]
-        if self.world_size > 1:
-            distributed.broadcast_object_list(outcome)
+                failure = error
+        told: list[Any] = [(value, None if failure is None else str(failure))]
+        distributed.broadcast_object_list(told)
         if failure is not None:
             raise failure
-        value, text = outcome
+        value, text = told[0]
         if text is not None:
             raise FirstRankError(text)
-        result: _Value = value
-        return result
+        return value
+
+    def alone(self) -> "Processes":
+        """This process by itself, for what it does without the others."""
+        return replace(self, rank=0, world_size=1)
+
+    def tell_failure(self, text: str) -> None:
+        """On rank 0: let the others know what it has said of its end."""
+        self.store.set("failure", text)
+
+    def is_told(self, text: str) -> bool:
+        """On another rank: whether rank 0 says the same, waiting for it, since torchrun ends all as soon as one has failed."""
+        try:
+            self.store.wait(["failure"], _PATIENCE)
+            told = self.store.get("failure").decode()
+            return text in told or told in text
+        except RuntimeError:  # rank 0 has not failed so far, or the store is gone with it
+            return False
 
     def introduce(self) -> None:
         """Let the others know where this rank runs."""
@@ -108,6 +126,11 @@ class Processes:
         return self.store.get(key).decode() if self.store.check([key]) else None
 
 
+def one_process(device: torch.device | str = "cpu") -> Processes:
+    """A process that is not one of many."""
+    return Processes(0, 1, torch.device(device), HashStore(), 0)
+
+
 def leave(code: int) -> NoReturn:
     """End this process, under torchrun at once. A gloo group's threads can abort the interpreter while it shuts down (pytorch
     issue 179291), and torchrun would take that for a failure."""
@@ -139,7 +162,7 @@ def joined(device: str = "cpu", timeout: float = 600.0, *, always: bool = True) 
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     if missing and not always:
-        yield Processes(0, 1, place, HashStore(), 0)
+        yield one_process(place)
         return
     limit = timedelta(seconds=timeout)
     store: Store

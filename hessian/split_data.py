@@ -7,7 +7,7 @@ random vectors are the first process's, so that every process takes the same dec
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import distributed
@@ -17,6 +17,7 @@ from hessian.objective import Data, LossFunction, Objective, count_examples, tak
 from hessian.space import Distribution, VectorSpace
 
 _Value = TypeVar("_Value")
+_Item = TypeVar("_Item")
 
 
 class SharedSpace(VectorSpace):
@@ -59,7 +60,8 @@ def least_of_all(number: float, device: torch.device, group: ProcessGroup | None
 class SplitObjective(Objective):
     """An Objective over all processes' data; `data` is this process's part, of any size, none included.
 
-    group: the processes that have parts, None for all. Collective: every process must make it, and do the same with it. An
+    whole: all of that data, where every process has a copy; `divided` makes such an objective. group: the processes that have
+    parts, None for all. Collective: every process must make it, and do the same with it. An
     error in one process's part is raised on all.
     """
 
@@ -69,13 +71,14 @@ class SplitObjective(Objective):
         loss: LossFunction,
         data: Data,
         *,
+        whole: Data | None = None,
         group: ProcessGroup | None = None,
         forward: Callable[[torch.nn.Module, Any], Any] | None = None,
         items: Callable[[Any], float] | None = None,
         micro_batch: int | None = None,
     ) -> None:
         super().__init__(model, loss, data, forward=forward, items=items, micro_batch=micro_batch)
-        self.group = group
+        self.whole, self.group = whole, group
         self.total_weight()  # now, on every process, so that errors in the data come at once
 
     def total_weight(self) -> float:
@@ -95,6 +98,33 @@ class SplitObjective(Objective):
     def weighted_batches(self) -> Iterator[tuple[Any, float]]:
         """TypeError: what knows nothing of other processes would take this one's part for the whole."""
         raise TypeError("this needs all data in one process: pass an Objective, not a SplitObjective")
+
+    def whole_batches(self) -> Iterator[Any]:
+        """All data, where this process has a copy; TypeError elsewhere."""
+        if self.whole is None:
+            raise TypeError("this needs all data in one process: pass an Objective, or `whole` to the SplitObjective")
+        return Objective(self.model, self.loss, self.whole, forward=self.forward, micro_batch=self.micro_batch).batches()
+
+    def over(self, data: Data, micro_batch: int | None = None) -> Self:
+        """The same loss of the same model over other data, of which `data` is this process's part."""
+        other = super().over(data, micro_batch)
+        other.whole = None
+        return other
+
+    def over_whole(self, data: Data) -> Self:
+        other = self.over(own_parts(data, distributed.get_rank(self.group), distributed.get_world_size(self.group)))
+        other.whole = data
+        return other
+
+    def each(self, compute: Callable[[_Item], _Value], items: Iterable[_Item]) -> list[_Value]:
+        """Every process iterates over all items, computes for its share, and gets all results. Small, picklable values."""
+        rank, ranks = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        parts = self.gathered(lambda: {place: compute(item) for place, item in enumerate(items) if place % ranks == rank})
+        return [parts[place % ranks][place] for place in range(sum(map(len, parts)))]
+
+    def seed(self, generator: torch.Generator | None) -> int:
+        """The first process's; generators advance on all of them."""
+        return self.gathered(lambda: Objective.seed(self, generator))[0]
 
     def space(self, size: int, dtype: torch.dtype, device: torch.device) -> VectorSpace:
         """Every process has whole vectors."""
@@ -143,3 +173,13 @@ class SplitObjective(Objective):
         if found_expected and expected is not None:
             raise expected("found on another rank")
         return packed[:-2].reshape(tuple(shape))
+
+
+def divided(model: torch.nn.Module, loss: LossFunction, batches: Data, world_size: int) -> Objective:
+    """The loss over `batches`, of which every process has a copy; each of the default group takes its part of every batch.
+
+    world_size: the number of processes; one needs no group.
+    """
+    if world_size == 1:
+        return Objective(model, loss, batches)
+    return SplitObjective(model, loss, own_parts(batches, distributed.get_rank(), world_size), whole=batches)

@@ -16,7 +16,7 @@ from hessian.operators.curvature import CurvatureOperator
 from hessian.results import LayerReport
 
 _SAFETY = 0.5  # of the stable rate: the curvature is of few examples, and some steps old
-_FIRST_PRODUCTS = 6
+_FIRST_PRODUCTS = 3
 _MEMORY = 0.5  # of what was measured before, in the largest eigenvalue of all
 _LAYER_MEMORY = 0.8  # in those of layers, once as many have been averaged: other layers' part is to average out
 _FLOOR = 1e-4  # of the largest layer's curvature: less, or negative curvature, counts as this much
@@ -74,9 +74,9 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float:
 class CurvatureRates:
     r"""The rates of layers, from products with the Hessian of a few examples every some steps.
 
-    Of each layer's block the eigenvalue of largest magnitude is followed by a power iteration that all layers share: one product with
-    the blocks' vectors under random signs s gives, for layer l, :math:`s_l (H z)_l = H_{ll} v_l + \sum_{k \ne l} s_l s_k H_{lk}
-    v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix under the
+    Of each layer's block the eigenvalue of largest magnitude is followed by a power iteration that all layers share: one product
+    with the blocks' vectors under random signs s gives, for layer l, :math:`s_l (H z)_l = H_{ll} v_l + \sum_{k \ne l} s_l s_k
+    H_{lk} v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix under the
     rates that these give, which the safe rate is taken from: layers that are stable one by one need not be together.
 
     ratio: by how much a layer's rate may differ from the others', and how far the safe rate may lie above the base rate.
@@ -96,7 +96,7 @@ class CurvatureRates:
         self.whole: torch.Tensor | None = None  # (P,)
         self.curvatures = dict.fromkeys(self.layers, 0.0)
         self.largest = 0.0
-        self._averaged = 0
+        self._averaged = self._updates = 0
 
     @property
     def relative(self) -> dict[str, float]:
@@ -109,9 +109,8 @@ class CurvatureRates:
         return _SAFETY * self.threshold / self.largest if self.largest > 0 else math.inf
 
     def rates(self, base_rate: float) -> dict[str, float]:
-        """Each layer's rate: the safe one, but no more than `ratio` times the base rate, times the layer's own factor."""
-        rate = min(self.safe_rate, self.ratio * base_rate)
-        return {name: rate * factor for name, factor in self.relative.items()}
+        """Each layer's rate: the safe one times the layer's own factor, but no more than `ratio` times the base rate."""
+        return {name: min(self.safe_rate * factor, self.ratio * base_rate) for name, factor in self.relative.items()}
 
     def update(
         self,
@@ -119,7 +118,8 @@ class CurvatureRates:
         preconditioner: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Measure with the products of `operator`, of the parameters in their order: two of them, at first twelve. Collective.
+        """Measure with the products of `operator`, of the parameters in their order, one or two of them, at first six: layers are
+        followed every other time. Collective.
 
         preconditioner: (P,), the diagonal of P. ArithmeticError where a product is not finite.
         """
@@ -127,8 +127,9 @@ class CurvatureRates:
         first = self.blocks is None
         if self.blocks is None or self.whole is None:
             self.blocks, self.whole = operator.space.whole(operator.space.random(2, "normal", generator))
-        for _ in range(_FIRST_PRODUCTS if first else 1):
+        for _ in range(_FIRST_PRODUCTS if first else self._updates % 2):
             self._follow_blocks(operator, root, generator)
+        self._updates += 1
         factors = torch.tensor([self.relative[name] for name in self.layers])[self._layer.cpu()].sqrt().to(self.whole)
         scale = factors if root is None else factors * root
         for _ in range(_FIRST_PRODUCTS if first else 1):
@@ -164,11 +165,13 @@ class CurvatureRates:
 
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, but for the vectors `blocks` and `whole`."""
-        return {"curvatures": self.curvatures, "largest": self.largest, "averaged": self._averaged}
+        counts = {"averaged": self._averaged, "updates": self._updates}
+        return {"curvatures": self.curvatures, "largest": self.largest} | counts
 
     def load(self, state: Mapping[str, Any], blocks: torch.Tensor, whole: torch.Tensor) -> None:
         """Go on from a checkpoint."""
-        self.curvatures, self.largest, self._averaged = dict(state["curvatures"]), state["largest"], state["averaged"]
+        self.curvatures, self.largest = dict(state["curvatures"]), state["largest"]
+        self._averaged, self._updates = state["averaged"], state["updates"]
         self.blocks, self.whole = blocks, whole
 
 

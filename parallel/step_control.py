@@ -24,8 +24,8 @@ from parallel.learning_rate import (
 from parallel.schedules import rate
 from parallel.train_options import Config
 
-_SHARE = 0.05  # of the training's operations, for following the curvature of layers
-_PRODUCTS = 5.5  # gradients that two products cost, their graph included
+_SHARE = 0.05  # of the training's time, for following the curvature of layers
+_PRODUCTS = 7.5  # gradients of as many examples that an update takes as long as, on CPUs: few examples are slower each
 
 _EPOCHS = 2.0  # from one doubling to the next, of the policies that double by epochs
 _NOISE_STEPS = 20  # from one noise scale to the next
@@ -96,13 +96,16 @@ class StepControl:
         self.seconds += time.perf_counter() - started
 
     def set_rates(self, examples: int, scale: float) -> float:
-        """Give the optimizer's groups the rates of the step to come, times `scale`; the rate of a layer like most."""
+        """Give the optimizer's groups the rates of the step to come, times `scale`; the rate of a layer that curves the loss like
+        most."""
         factor = scale * self._share(examples) * (1.0 if self.policy is None else self.policy.rate_factor)
-        base, relative = self.base_rate, self.fixed
+        base = self.base_rate
+        rates = {name: relative * base for name, relative in self.fixed.items()}
         if self.layers is not None:
-            base, relative = min(self.layers.safe_rate, self.layers.ratio * base), self.layers.relative
+            rates = self.layers.rates(base)
+            base = min(self.layers.safe_rate, self.layers.ratio * base)
         for group in self.optimizer.param_groups:
-            group["lr"] = factor * base * relative.get(group.get("layer", ""), 1.0)
+            group["lr"] = factor * rates.get(group.get("layer", ""), base)
         return factor * base
 
     def state(self) -> dict[str, Any]:

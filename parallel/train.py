@@ -132,13 +132,13 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     config.check()
     processes.agree(config.to_dict() | {"torch": torch.__version__})
     resuming = config.resume or _is_restart(config.out, processes)
-    processes.on_first(lambda: _check_folder(config, resuming))
+    processes.first(lambda: _check_folder(config, resuming))
     torch.manual_seed(config.seed)
     task = hessian.load_task(config.task, config.weights, pretrained=False)
     processes.broadcast(task.model)
     trainer = Trainer(task, config, processes)
     needed = (config.keep + 1) * _state_bytes(trainer)
-    processes.on_first(lambda: _prepare_folder(config.out, needed))
+    processes.first(lambda: _prepare_folder(config.out, needed))
     checkpoints = Checkpoints(config.out / "checkpoints", config.keep)
     run = Run(trainer, checkpoints, None)
     if resuming:
@@ -175,7 +175,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
 def _is_restart(folder: Path, processes: Processes) -> bool:
     """Whether torchrun started this run before, in this folder: a folder that was refused then is refused again."""
     path = folder / _LAUNCH
-    return processes.restarts > 0 and processes.on_first(lambda: path.is_file() and path.read_text() == _launcher())
+    return processes.restarts > 0 and processes.first(lambda: path.is_file() and path.read_text() == _launcher())
 
 
 def _launcher() -> str:

@@ -9,7 +9,9 @@ import torch
 from torch import distributed, multiprocessing
 
 # forked from a process that has imported what takes seconds
-multiprocessing.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint", "hessian", "parallel.train"])
+multiprocessing.set_forkserver_preload(
+    ["torch.distributed.fsdp", "torch.distributed.checkpoint", "hessian", "parallel.train", "hawq"]
+)
 
 
 def _worker(rank, world_size, folder, function, arguments):

@@ -18,6 +18,7 @@ from hawq.job import Job
 from hawq.options import EXTRA_OUTPUTS, OUTPUTS
 from hawq.prediction import sensitivities
 from hawq.quantize import main
+from hessian.processes import one_process
 
 
 def report_of(folder: Path, monkeypatch: pytest.MonkeyPatch, task: str, *arguments: str) -> dict:
@@ -156,7 +157,7 @@ def test_activations_are_allocated_with_weights(folder, monkeypatch):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "user_networks", raising=False)
     options = parse(["user_networks:task", "--out", "o", "--activations", "4", "8", "--bits", "4", "8", "--max-bops", "0.4"])
-    job = Job.start(options)
+    job = Job.start(options, one_process())
     budgets = job.budgets()
     table = sensitivities(job, job.traces())
     allocation = job.allocate(table, budgets)

@@ -258,9 +258,10 @@ def test_second_order_with_bias_correction_is_the_quadratic_form_in_weight_and_b
 
 
 def test_bias_correction_takes_up_the_mean_change():
-    graph, layers, (inputs, _) = case("audio, padded inside")
+    graph, layers, (inputs, targets) = case("audio, padded inside")
     errors = weight_differences(graph, layers, (2,))
-    corrected = with_bias_correction(graph, layers, errors, [inputs[:5], inputs[5:]])
+    objective = Objective(graph, CROSS_ENTROPY, [(inputs[:5], targets[:5]), (inputs[5:], targets[5:])])
+    corrected = with_bias_correction(objective, layers, errors)
     moved = copy.deepcopy(graph)
     layer = layers["first"]
     seen = {}

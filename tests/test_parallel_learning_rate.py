@@ -57,7 +57,7 @@ def test_curvatures_of_layers_and_of_all_under_their_rates(coupling, tolerance):
     parameters, product = operator(whole)
     rates = CurvatureRates(parameters, 2.0, ratio=100.0)
     generator = torch.Generator().manual_seed(0)
-    for _ in range(60):
+    for _ in range(120):
         rates.update(product, generator=generator)
     assert rates.curvatures["first"] == pytest.approx(8.0, rel=tolerance)
     assert rates.curvatures["second"] == pytest.approx(0.5, rel=tolerance)
@@ -66,7 +66,7 @@ def test_curvatures_of_layers_and_of_all_under_their_rates(coupling, tolerance):
     assert rates.largest == pytest.approx(float(largest), rel=1e-2)
     assert rates.safe_rate == pytest.approx(1 / float(largest), rel=1e-2)
     assert rates.rates(1e9) == {name: rates.safe_rate * factor for name, factor in rates.relative.items()}
-    assert rates.rates(1e-9)["first"] == pytest.approx(1e-7 * rates.relative["first"])
+    assert rates.rates(1e-9)["first"] == pytest.approx(1e-7)
 
 
 def test_preconditioned():
@@ -74,7 +74,7 @@ def test_preconditioned():
     parameters, product = operator(whole)
     scale = torch.rand(10, dtype=torch.float64, generator=torch.Generator().manual_seed(3)) + 0.5
     rates = CurvatureRates(parameters, 38.0, ratio=1.0)
-    for _ in range(60):
+    for _ in range(120):
         rates.update(product, scale, torch.Generator().manual_seed(0))
     expected = torch.linalg.eigvalsh(scale.rsqrt()[:, None] * whole * scale.rsqrt()).abs().max()
     assert rates.largest == pytest.approx(float(expected), rel=1e-3)

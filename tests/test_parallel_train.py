@@ -253,10 +253,10 @@ def test_parameters_that_outputs_do_not_depend_on():
 
 def refused_by_the_first():
     processes = Processes(distributed.get_rank(), distributed.get_world_size(), torch.device("cpu"), HashStore(), 0)
-    assert processes.on_first(distributed.get_rank) == 0
+    assert processes.first(distributed.get_rank) == 0
     kind = ValueError if processes.rank == 0 else FirstRankError
     with pytest.raises(kind, match="a reason"):
-        processes.on_first(fail)
+        processes.first(fail)
 
 
 def fail():

@@ -7,7 +7,7 @@ activations is the expected increase of the loss, in the units of the weights' t
 """
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import fx, nn
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from hawq.affine import dequantize, quantize
 from hawq.allocation import Allocation
 from hawq.fold import folded
-from hawq.graph import example_inputs, find_layers, get_tensor, require_layers
+from hawq.graph import example_inputs, find_layers, get_tensor, require_layers, traceable
 from hawq.layers import LAYERS, QUANTIZERS, QuantizedLayer
 from hawq.model import QuantizedModel, quantize_model
 from hawq.observers import RangeMethod, activation_parameters, activation_range
@@ -41,9 +41,9 @@ class _FloatLayer(nn.Module):
 
 
 def activation_sensitivity(
-    model: nn.Module,
-    loss: LossFunction,
-    data: Data,
+    model: nn.Module | Objective,
+    loss: LossFunction | None = None,
+    data: Data | None = None,
     *,
     bits: Sequence[int] = (4, 8),
     range_method: RangeMethod = "mse",
@@ -63,10 +63,15 @@ def activation_sensitivity(
     for width in bits:
         if not isinstance(width, int) or not 2 <= width <= 8:
             raise ValueError(f"a width of {width} bits: activations take whole numbers from 2 to 8")
-    graph, names = _observable(model, data)
-    objective = Objective(graph, loss, data)
-    inputs = [batch[0] for batch in objective.batches()]
-    errors = _mean_squared_errors(graph, names, inputs, bits, range_method, progress=progress)
+    given = traceable(model, loss, data)
+    graph, names = _observable(given)
+    objective = given.of(graph)
+    inputs = [batch[0] for batch in objective.whole_batches()]  # of all, since ranges are chosen from all
+    found = objective.each(
+        lambda named: (named[0], {width: _mean_squared_error(named[1], width, range_method) for width in bits}),
+        _activations(graph, names, inputs, progress=progress),
+    )
+    errors = dict(found)
     report = activation_report(
         objective,
         modules=[f"{QUANTIZERS}.{name}" for name in names],
@@ -84,15 +89,16 @@ def activation_sensitivity(
     return SensitivityTable(omega, stderr, "activation-trace", predicts=0.5)
 
 
-def _observable(model: nn.Module, data: Data) -> tuple[fx.GraphModule, list[str]]:
+def _observable(objective: Objective) -> tuple[fx.GraphModule, list[str]]:
     """A copy of the network with an identity wherever an activation is rounded for the first time, and their names."""
+    model = objective.model
     if isinstance(model, QuantizedModel):
         graph: fx.GraphModule = copy.deepcopy(model)
         names = list(model.quantizers())
         if not names:
             raise ValueError("the quantized model has float activations: quantize it with activations=8")
     else:
-        example = example_inputs(Objective(model, nn.functional.mse_loss, data).batches())[:2]
+        example = example_inputs(objective.whole_batches())[:2]
         floating = folded(model, example)
         layers = find_layers(floating)
         require_layers(layers)
@@ -119,17 +125,10 @@ def _observable(model: nn.Module, data: Data) -> tuple[fx.GraphModule, list[str]
 
 
 @torch.no_grad()
-def _mean_squared_errors(
-    graph: fx.GraphModule,
-    names: Sequence[str],
-    inputs: Sequence[torch.Tensor],
-    bits: Sequence[int],
-    range_method: RangeMethod,
-    *,
-    progress: bool,
-) -> dict[str, dict[int, float]]:
-    """Each activation's mean squared rounding error; all batches pass node by node, so that few values are kept."""
-    errors: dict[str, dict[int, float]] = {}
+def _activations(
+    graph: fx.GraphModule, names: Sequence[str], inputs: Sequence[torch.Tensor], *, progress: bool
+) -> Iterator[tuple[str, list[torch.Tensor]]]:
+    """Each activation of all batches, which pass node by node, so that few values are kept."""
     runs = [fx.Interpreter(graph) for _ in inputs]
     for run, batch in zip(runs, inputs, strict=True):
         run.args_iter, run.env = iter(graph.graph.process_inputs(batch)), {}
@@ -139,14 +138,13 @@ def _mean_squared_errors(
             run.env[node] = run.run_node(node)
         name = str(node.target).removeprefix(f"{QUANTIZERS}.")
         if node.op == "call_module" and name in names and str(node.target).startswith(f"{QUANTIZERS}."):
-            values = [run.env[node] for run in runs]
-            errors[name] = {width: _mean_squared_error(values, width, range_method) for width in bits}
+            yield name, [run.env[node] for run in runs]
         for run in runs:
             for dead in run.user_to_last_uses.get(node, []):
                 del run.env[dead]
-    return errors
 
 
+@torch.no_grad()
 def _mean_squared_error(values: Sequence[torch.Tensor], bits: int, method: RangeMethod) -> float:
     scale, zero_point = activation_parameters(*activation_range(values, method, bits=bits), bits=bits)
     total = 0.0

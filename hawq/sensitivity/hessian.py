@@ -43,18 +43,23 @@ def layer_traces(
     """
     assert isinstance(objective.model, fx.GraphModule)
     weights = [layer.weight for layer in layers.values()]
-    batch = next(iter(objective.batches()))
+    batch = first_examples(objective, 2, 2)[0]
     outputs = objective.outputs(batch)
     linear = is_piecewise_linear(objective.model, layers, batch[0][:2])
     if linear and not has_many_outputs(outputs):
         return layer_report(objective, params=weights, rtol=_RTOL, generator=generator, progress=progress)
     few = first_examples(objective, _ROUGH_EXAMPLES, _ROUGH_BATCH)
     if augment and linear and is_classification(objective.loss):
-        inputs = augmented([batch[0] for batch in few], generator)
+        own = torch.Generator().manual_seed(objective.seed(generator))
+        inputs = augmented([batch[0] for batch in few], own)
         few = [(changed, *batch[1:]) for changed, batch in zip(inputs, few, strict=True)]
-    rough = Objective(objective.model, objective.loss, few)
     return layer_report(
-        rough, params=weights, rtol=_ROUGH_RTOL, max_probes=_ROUGH_PROBES, generator=generator, progress=progress
+        objective.over_whole(few),
+        params=weights,
+        rtol=_ROUGH_RTOL,
+        max_probes=_ROUGH_PROBES,
+        generator=generator,
+        progress=progress,
     )
 
 

@@ -30,6 +30,21 @@ def kl(
     For each layer and width the operations behind the layer are run anew, the others once. A cross-entropy or negative
     log-likelihood, in torch.nn's form, shows that outputs are class scores. TypeError for outputs that are not one tensor.
     """
+    found = objective.gathered(lambda: _own_sums(objective, layers, errors, progress))
+    omega: dict[str, dict[int, float]] = {name: {} for name in errors}
+    stderr: dict[str, dict[int, float]] = {name: {} for name in errors}
+    for name, row in errors.items():
+        for bits in row:
+            values, counts = (torch.cat(part) for part in zip(*(s for own in found for s in own[name, bits]), strict=True))
+            omega[name][bits], stderr[name][bits] = _ratio(values, counts)
+    note = "" if is_classification(objective.loss) else "mean squared differences of outputs, which are no class scores"
+    return SensitivityTable(omega, stderr, "kl", predicts=_predicts(objective), note=note)
+
+
+def _own_sums(
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, progress: bool
+) -> dict[tuple[str, int], list[Sums]]:
+    """By layer and width, batch by batch of this process's data."""
     graph = objective.model
     assert isinstance(graph, fx.GraphModule)
     parts: dict[tuple[str, int], list[Sums]] = {(name, bits): [] for name, row in errors.items() for bits in row}
@@ -45,13 +60,7 @@ def kl(
                 change = error.of_output(layer, kept[input_node(layer.node)])
                 moved = fx.Interpreter(graph).run(batch[0], initial_env=kept | {layer.node: kept[layer.node] + change})
                 parts[name, bits].append(_divergence(objective, outputs, moved, batch[1]))
-    omega: dict[str, dict[int, float]] = {name: {} for name in errors}
-    stderr: dict[str, dict[int, float]] = {name: {} for name in errors}
-    for (name, bits), sums in parts.items():
-        values, counts = (torch.cat(part) for part in zip(*sums, strict=True))
-        omega[name][bits], stderr[name][bits] = _ratio(values, counts)
-    note = "" if is_classification(objective.loss) else "mean squared differences of outputs, which are no class scores"
-    return SensitivityTable(omega, stderr, "kl", predicts=_predicts(objective), note=note)
+    return parts
 
 
 def _behind(graph: fx.GraphModule, start: fx.Node) -> set[fx.Node]:

@@ -7,7 +7,7 @@ from torch import fx, nn
 
 from hawq.affine import check_width
 from hawq.fold import folded
-from hawq.graph import Layer, example_inputs, find_layers, require_layers
+from hawq.graph import Layer, example_inputs, find_layers, require_layers, traceable
 from hawq.sensitivity.fisher import fisher, fisher_diagonals
 from hawq.sensitivity.hessian import hessian_trace, layer_traces
 from hawq.sensitivity.kl import kl
@@ -24,9 +24,9 @@ METHODS = ("auto", "hessian-trace", "top-eigenvalue", "q-bert", "kl", "fisher", 
 
 
 def sensitivity(
-    model: nn.Module,
-    loss: LossFunction,
-    data: Data,
+    model: nn.Module | Objective,
+    loss: LossFunction | None = None,
+    data: Data | None = None,
     *,
     bits: Sequence[int] = (2, 3, 4, 8),
     method: str = "hessian-trace",
@@ -53,17 +53,16 @@ def sensitivity(
         raise ValueError(f"sensitivity method {method!r} is none of {', '.join(map(repr, METHODS))}")
     for width in bits:
         check_width(width)
-    example = example_inputs(Objective(model, loss, data).batches())
-    graph = folded(model, example)
+    given = traceable(model, loss, data)
+    graph = folded(given.model, example_inputs(given.whole_batches()))
     layers = find_layers(graph)
     require_layers(layers)
-    objective = Objective(graph, loss, data)
+    objective = given.of(graph)
     errors = weight_differences(graph, layers, bits, rounded, progress=progress)
     if method == "auto":
         method = automatic_method(objective, layers)
     if method in ("kl", "second-order", "gauss-newton") and bias_correction:
-        inputs = [batch[0] for batch in objective.batches()]
-        errors = with_bias_correction(graph, layers, errors, inputs, progress=progress)
+        errors = with_bias_correction(objective, layers, errors, progress=progress)
     match method:
         case "weight-error":
             return weight_error(squares(errors))
@@ -74,7 +73,8 @@ def sensitivity(
             samples = subsampled_eigenvalues(objective, layers, generator=generator, progress=progress)
             return qbert(layers, squares(errors), samples)
         case "fisher":
-            return fisher(layers, errors, fisher_diagonals(objective, layers, generator=generator, progress=progress), loss)
+            diagonals = fisher_diagonals(objective, layers, generator=generator, progress=progress)
+            return fisher(layers, errors, diagonals, objective.loss)
         case "kl":
             return kl(objective, layers, errors, progress=progress)
         case "second-order":

@@ -29,17 +29,25 @@ def subsampled_eigenvalues(
     generator: torch.Generator | None = None,
     progress: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Each layer's top eigenvalue over each tenth of the data, drawn at random: (10,), fewer for less than 10 examples."""
-    batches = list(objective.batches())
-    found: dict[str, list[float]] = {name: [] for name in layers}
-    for part in tqdm(list(_tenths(batches, generator)), desc="subsamples", unit="subsample", disable=not progress):
-        values = top_eigenvalues(Objective(objective.model, objective.loss, part), layers, generator=generator)
-        for name, top in values.items():
-            found[name].append(top.value)
-    return {name: torch.tensor(values, dtype=torch.float64) for name, values in found.items()}
+    """Each layer's top eigenvalue over each tenth of the data, drawn at random: (10,), fewer for less than 10 examples.
+
+    Processes that hold data share the tenths.
+    """
+    seed = objective.seed(generator)
+    tenths = list(_tenths(list(objective.whole_batches()), torch.Generator().manual_seed(seed)))
+
+    def eigenvalues(numbered: tuple[int, list[Any]]) -> dict[str, float]:
+        number, part = numbered
+        own = torch.Generator().manual_seed(seed + 1 + number)
+        tops = top_eigenvalues(Objective(objective.model, objective.loss, part), layers, generator=own)
+        return {name: top.value for name, top in tops.items()}
+
+    bar = tqdm(list(enumerate(tenths)), desc="subsamples", unit="subsample", disable=not progress)
+    found = objective.each(eigenvalues, bar)
+    return {name: torch.tensor([values[name] for values in found], dtype=torch.float64) for name in layers}
 
 
-def _tenths(batches: Sequence[Any], generator: torch.Generator | None) -> Iterator[list[Any]]:
+def _tenths(batches: Sequence[Any], generator: torch.Generator) -> Iterator[list[Any]]:
     """Disjoint random subsamples of equal size, each in the same batches as the data."""
     counts = [count_examples(batch) for batch in batches]
     total = sum(counts)

@@ -11,6 +11,7 @@ from hawq.affine import dequantize_weight
 from hawq.graph import EMBEDDING, Layer, get_tensor, input_node
 from hawq.layers import channel_dim
 from hawq.rounding import round_to_nearest
+from hessian.objective import Objective
 
 Rounded = Callable[[str, int], torch.Tensor]  # from a layer's name and bits to its rounded weight, in real numbers
 
@@ -87,14 +88,31 @@ def squares(errors: RoundingErrors) -> dict[str, dict[int, float]]:
 
 @torch.no_grad()
 def with_bias_correction(
-    graph: fx.GraphModule,
-    layers: Mapping[str, Layer],
-    errors: RoundingErrors,
-    inputs: Sequence[torch.Tensor],
-    *,
-    progress: bool = False,
+    objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, *, progress: bool = False
 ) -> dict[str, dict[int, RoundingError]]:
-    """The errors with biases that take up the change of each output channel's mean over `inputs` (see `hawq.calibration`)."""
+    """The errors with biases that take up the change of each output channel's mean over the data (see `hawq.calibration`)."""
+    own = objective.gathered(lambda: _own_changes(objective, layers, errors, progress))
+    parts = [part for part in own if any(part.counts.values())]
+
+    def corrected(name: str, bits: int, error: RoundingError) -> RoundingError:
+        total = torch.stack([part.totals[name, bits] for part in parts]).sum(0)
+        return RoundingError(error.weight, -(total / sum(part.counts[name] for part in parts)).to(error.weight))
+
+    return {name: {bits: corrected(name, bits, error) for bits, error in row.items()} for name, row in errors.items()}
+
+
+@dataclass(frozen=True)
+class _Changes:
+    """Sums over examples and positions of the changes of outputs, (channels,) by layer and width; how many are summed."""
+
+    totals: dict[tuple[str, int], torch.Tensor]
+    counts: dict[str, int]
+
+
+def _own_changes(objective: Objective, layers: Mapping[str, Layer], errors: RoundingErrors, progress: bool) -> _Changes:
+    """Over this process's data."""
+    graph = objective.model
+    assert isinstance(graph, fx.GraphModule)
     names = {layer.node.name: name for name, layer in layers.items()}
     totals = {(name, bits): torch.zeros(0) for name, row in errors.items() for bits in row}
     counts = dict.fromkeys(names.values(), 0)
@@ -112,10 +130,6 @@ def with_bias_correction(
                 counts[name] += rows * change.numel() // len(totals[name, bits])
             return super().run_node(n)
 
-    for batch in tqdm(inputs, desc="bias corrections", unit="batch", disable=not progress):
-        Recorder(graph).run(batch)
-
-    def corrected(name: str, bits: int, error: RoundingError) -> RoundingError:
-        return RoundingError(error.weight, -(totals[name, bits] / counts[name]).to(error.weight))
-
-    return {name: {bits: corrected(name, bits, error) for bits, error in row.items()} for name, row in errors.items()}
+    for batch in tqdm(objective.batches(), desc="bias corrections", unit="batch", disable=not progress):
+        Recorder(graph).run(batch[0])
+    return _Changes(totals, counts)

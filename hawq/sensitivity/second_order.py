@@ -31,6 +31,7 @@ from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
+from hessian.draws import ExampleDraws
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.objective import Objective, count_examples
@@ -76,10 +77,28 @@ def loss_terms(
     sampling error."""
     first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
+    for own in objective.gathered(lambda: _own_loss_terms(objective, layers, errors, matrix, progress)):
+        for total, part in zip((first, second), own, strict=True):
+            for name, row in part.items():
+                for bits, value in row.items():
+                    total[name][bits] += value
+    return first, second
+
+
+def _own_loss_terms(
+    objective: Objective,
+    layers: Mapping[str, Layer],
+    errors: RoundingErrors,
+    matrix: Literal["hessian", "gauss-newton"],
+    progress: bool,
+) -> tuple[Terms, Terms]:
+    """The part of this process's data."""
+    first: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
+    second: Terms = {name: dict.fromkeys(row, 0.0) for name, row in errors.items()}
     graph = objective.model
     assert isinstance(graph, fx.GraphModule)
     with objective.undisturbed():
-        for batch, weight in tqdm(objective.weighted_batches(), desc="second order", unit="batch", disable=not progress):
+        for batch, weight in tqdm(objective.own_batches(), desc="second order", unit="batch", disable=not progress):
             run = _Perturbed(graph, layers)
             outputs = run.run(batch[0])
             with torch.no_grad():
@@ -124,11 +143,11 @@ def gauss_newton(
     """
     if _can_be_read_off(objective, layers):
         return _table(*loss_terms(objective, layers, errors, matrix="gauss-newton", progress=progress), "gauss-newton")
-    few = Objective(objective.model, objective.loss, first_examples(objective, _DRAWN_EXAMPLES, _DRAWN_BATCH))
+    few = first_examples(objective, _DRAWN_EXAMPLES, _DRAWN_BATCH)
     scale = 1.0
     if objective.is_sum:
-        scale = sum(map(count_examples, objective.batches())) / sum(map(count_examples, few.batches()))
-    return _drawn(few, layers, errors, scale, generator, progress)
+        scale = sum(map(count_examples, objective.whole_batches())) / sum(map(count_examples, few))
+    return _drawn(objective, few, layers, errors, scale, generator, progress)
 
 
 def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], example: torch.Tensor) -> bool:
@@ -167,46 +186,55 @@ def curves_loss(objective: Objective, batch: Any, outputs: torch.Tensor) -> bool
     with torch.enable_grad():
         (leaf,), loss = loss_in_double(objective, outputs.detach().requires_grad_(True), batch)
     try:
-        return len(output_cotangents("sampled", objective, batch, outputs, leaf, loss, torch.Generator())) > 0
+        return len(output_cotangents("sampled", objective, batch, outputs, leaf, loss, ExampleDraws(batch, 0))) > 0
     except ValueError:
         return False
 
 
 def _drawn(
     objective: Objective,
+    few: list[tuple[Any, ...]],
     layers: Mapping[str, Layer],
     errors: RoundingErrors,
     scale: float,
     generator: torch.Generator | None,
     progress: bool,
 ) -> SensitivityTable:
-    """`scale` times d.G d from one random cotangent an example."""
-    graph, own = objective.model, torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
+    """`scale` times d.G d over `few` from one random cotangent an example; whole batches are shared among processes."""
+    graph, seed = objective.model, objective.seed(generator)
     assert isinstance(graph, fx.GraphModule)
-    samples: dict[str, dict[int, list[torch.Tensor]]] = {name: {bits: [] for bits in row} for name, row in errors.items()}
     separate: set[str] | None = None
+
+    def samples(weighted: tuple[Any, float]) -> dict[str, dict[int, torch.Tensor]]:
+        nonlocal separate
+        batch, weight = weighted
+        run = _Perturbed(graph, layers)
+        outputs = run.run(batch[0])
+        if separate is None:
+            separate = _separate(outputs, run.zeros)
+        (leaf,), loss = loss_in_double(objective, outputs, batch)
+        (cotangent,) = output_cotangents("sampled", objective, batch, outputs, leaf, loss, ExampleDraws(batch, seed))
+        slopes = torch.autograd.grad(
+            outputs, list(run.zeros.values()), grad_outputs=cotangent, allow_unused=True, materialize_grads=True
+        )
+        found: dict[str, dict[int, torch.Tensor]] = {name: {} for name in errors}
+        for name, slope in zip(run.zeros, slopes, strict=True):
+            rows = len(outputs) if name in separate else 1
+            for bits, error in errors[name].items():
+                with torch.no_grad():
+                    along = (error.of_output(layers[name], run.inputs[name]) * slope).reshape(rows, -1).sum(1)
+                found[name][bits] = scale * weight * along.double().square().cpu()
+        return found
+
     with objective.undisturbed():
-        for batch, weight in tqdm(objective.weighted_batches(), desc="Gauss-Newton", unit="batch", disable=not progress):
-            run = _Perturbed(graph, layers)
-            outputs = run.run(batch[0])
-            if separate is None:
-                separate = _separate(outputs, run.zeros)
-            (leaf,), loss = loss_in_double(objective, outputs, batch)
-            (cotangent,) = output_cotangents("sampled", objective, batch, outputs, leaf, loss, own)
-            slopes = torch.autograd.grad(
-                outputs, list(run.zeros.values()), grad_outputs=cotangent, allow_unused=True, materialize_grads=True
-            )
-            for name, slope in zip(run.zeros, slopes, strict=True):
-                rows = len(outputs) if name in separate else 1
-                for bits, error in errors[name].items():
-                    with torch.no_grad():
-                        along = (error.of_output(layers[name], run.inputs[name]) * slope).reshape(rows, -1).sum(1)
-                    samples[name][bits].append(scale * weight * along.double().square().cpu())
+        batches = Objective(graph, objective.loss, few, items=objective.items).weighted_batches()
+        bar = tqdm(batches, desc="Gauss-Newton", unit="batch", disable=not progress)
+        parts = objective.each(samples, bar)
     omega: Terms = {name: {} for name in errors}
     stderr: Terms = {name: {} for name in errors}
-    for name, row in samples.items():
-        for bits, parts in row.items():
-            values = torch.cat(parts)
+    for name, row in errors.items():
+        for bits in row:
+            values = torch.cat([part[name][bits] for part in parts])
             omega[name][bits] = float(values.sum())
             stderr[name][bits] = float(values.std() * math.sqrt(len(values))) if len(values) > 1 else math.inf
     return SensitivityTable(omega, stderr, "gauss-newton", predicts=0.5)

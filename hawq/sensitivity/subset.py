@@ -8,10 +8,11 @@ from hessian.objective import Objective
 
 
 def first_examples(objective: Objective, count: int, batch_size: int) -> list[tuple[Any, ...]]:
-    """The first `count` examples in small batches; a batch whose targets are not one tensor with a row for each stays whole."""
+    """The first `count` examples of all data in small batches; a batch whose targets are not one tensor with a row for each
+    stays whole."""
     batches: list[tuple[Any, ...]] = []
     left = count
-    for batch in objective.batches():
+    for batch in objective.whole_batches():
         if left <= 0:
             break
         size = len(batch[0])

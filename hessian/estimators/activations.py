@@ -12,6 +12,7 @@ import contextlib
 import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from tqdm.auto import tqdm
 
+from hessian.draws import ExampleDraws
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.estimators.sampling import standard_error
@@ -55,29 +57,48 @@ def activation_report(
     """
     objective = as_objective(model, loss, data)
     chosen = _select(objective.model, modules)
-    exact = dict.fromkeys(chosen, 0.0)
-    reasons: dict[str, str] = {}
-    sizes = dict.fromkeys(chosen, 0)
+    parts = objective.gathered(lambda: _own_traces(objective, chosen, progress))
+    reasons = {name: reason for part in parts for name, reason in part.reasons.items()}
+    sizes = {name: max(part.sizes[name] for part in parts) for name in chosen}
+    rows = {
+        name: LayerRow(sum(part.traces[name] for part in parts), 0.0, True, sizes[name])
+        for name in chosen
+        if name not in reasons
+    }
+    spent = 0
+    if reasons:
+        sampled = {name: chosen[name] for name in chosen if name in reasons}
+        samples = _sample(objective, sampled, rtol, max_probes, generator, progress)
+        for name, values in samples.items():
+            stderr, trace = standard_error(values), float(values.mean())
+            rows[name] = LayerRow(trace, stderr, False, sizes[name], stderr <= rtol * abs(trace), reasons[name])
+            spent = len(values)
+    return LayerReport({name: rows[name] for name in chosen}, spent)
+
+
+@dataclass(frozen=True)
+class _Traces:
+    """Exact traces, the reasons for modules that have none, and activations of one example; 0 where there is no example."""
+
+    traces: dict[str, float]
+    reasons: dict[str, str]
+    sizes: dict[str, int]
+
+
+def _own_traces(objective: Objective, chosen: Mapping[str, nn.Module], progress: bool) -> _Traces:
+    """The part of this process's data."""
+    found = _Traces(dict.fromkeys(chosen, 0.0), {}, dict.fromkeys(chosen, 0))
     with objective.undisturbed():
-        for batch, weight in tqdm(objective.weighted_batches(), desc="activations", unit="batch", disable=not progress):
+        for batch, weight in tqdm(objective.own_batches(), desc="activations", unit="batch", disable=not progress):
             with _perturbed(chosen) as perturbations:
                 outputs = objective.outputs(batch)
-            found, failed = _exact(objective, batch, outputs, perturbations)
-            for name, trace in found.items():
-                exact[name] += weight * trace
-            reasons |= failed
+            traces, reasons = _exact(objective, batch, outputs, perturbations)
+            for name, trace in traces.items():
+                found.traces[name] += weight * trace
+            found.reasons.update(reasons)
             for name, tensors in perturbations.items():
-                sizes[name] = sum(tensor.numel() for tensor in tensors) // count_examples(batch)
-        rows = {name: LayerRow(exact[name], 0.0, True, sizes[name]) for name in chosen if name not in reasons}
-        spent = 0
-        if reasons:
-            sampled = {name: chosen[name] for name in reasons}
-            samples = _sample(objective, sampled, rtol, max_probes, generator, progress)
-            for name, values in samples.items():
-                stderr, trace = standard_error(values), float(values.mean())
-                rows[name] = LayerRow(trace, stderr, False, sizes[name], stderr <= rtol * abs(trace), reasons[name])
-                spent = len(values)
-    return LayerReport({name: rows[name] for name in chosen}, spent)
+                found.sizes[name] = sum(tensor.numel() for tensor in tensors) // count_examples(batch)
+    return found
 
 
 def _select(model: nn.Module, patterns: str | Sequence[str] | None) -> dict[str, nn.Module]:
@@ -169,9 +190,10 @@ def _sample(
     count, look = 0, min(_MIN_PROBES, max_probes)
     with tqdm(total=max_probes, desc="probes", unit="probe", disable=not progress) as bar:
         while True:
-            found = _probe(objective, modules, look - count, generator)
-            for name, values in found.items():
-                samples[name].append(values)
+            number, seed = look - count, objective.seed(generator)
+            parts = objective.gathered(lambda: _own_probes(objective, modules, number, seed))  # noqa: B023  # called at once
+            for name in modules:
+                samples[name].append(torch.stack([part[name] for part in parts]).sum(0))
             bar.update(look - count)
             count = look
             joined = {name: torch.cat(values) for name, values in samples.items()}
@@ -181,14 +203,12 @@ def _sample(
             look = min(2 * look, max_probes)
 
 
-def _probe(
-    objective: Objective, modules: Mapping[str, nn.Module], count: int, generator: torch.Generator | None
-) -> dict[str, torch.Tensor]:
-    """`count` samples of every module, one pass over the data."""
+def _own_probes(objective: Objective, modules: Mapping[str, nn.Module], count: int, seed: int) -> dict[str, torch.Tensor]:
+    """This process's part of `count` samples of every module, one pass over its data."""
     totals = {name: torch.zeros(count, dtype=torch.float64) for name in modules}
-    device = "cpu" if generator is None else generator.device
-    with CheapSecondBackward():
-        for batch, weight in objective.weighted_batches():
+    with objective.undisturbed(), CheapSecondBackward():
+        for batch, weight in objective.own_batches():
+            draws = ExampleDraws(batch, seed)
             with _perturbed(modules) as perturbations:
                 loss = objective.batch_loss(objective.outputs(batch), batch)
             leaves = [tensor for tensors in perturbations.values() for tensor in tensors]
@@ -197,9 +217,7 @@ def _probe(
             differentiable_twice(gradients)
             curved = [index for index, gradient in enumerate(gradients) if gradient.requires_grad]
             for number in range(count if curved else 0):
-                probes = [
-                    (torch.randint(0, 2, leaf.shape, generator=generator, device=device) * 2 - 1).to(leaf) for leaf in leaves
-                ]
+                probes = [draws.signs(leaf.shape).to(leaf) for leaf in leaves]
                 products = torch.autograd.grad(
                     [gradients[index] for index in curved],
                     leaves,

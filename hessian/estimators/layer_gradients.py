@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from torch.autograd.graph import GradientEdge, Node
 
+from hessian.draws import ExampleDraws
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.estimators.per_example import is_supported
 from hessian.objective import Objective
@@ -46,12 +47,11 @@ def layer_gradients(
     """One pass over the data, batch by batch and as many cotangents (see `output_cotangents`) at a time as memory allows.
 
     `draws`: how often to draw cotangents for each batch, where they are drawn. `own`: over this process's part of the data,
-    which the caller adds up; elsewhere that must be all. ValueError if a parameter's per-example
-    gradients cannot be read, naming it and the reason.
+    which the caller adds up; elsewhere that must be all. ValueError if a parameter's per-example gradients cannot be read,
+    naming it and the reason.
     """
-    generator = torch.Generator().manual_seed(seed)
     for batch, weight in objective.own_batches() if own else objective.weighted_batches():
-        yield from _of_batch(objective, parameters, kind, batch, weight, generator, draws)
+        yield from _of_batch(objective, parameters, kind, batch, weight, seed, draws)
 
 
 def unreadable(objective: Objective, parameters: Mapping[str, nn.Parameter]) -> dict[str, str]:
@@ -79,7 +79,7 @@ def _of_batch(
     kind: Kind,
     batch: Any,
     weight: float,
-    generator: torch.Generator,
+    seed: int,
     draws: int,
 ) -> Iterator[LayerGradients]:
     outputs = objective.outputs(batch)
@@ -93,7 +93,8 @@ def _of_batch(
     uses, reasons = _uses(outputs, loss, parameters)
     if reasons:
         raise ValueError(_refusal(reasons, [name for name in parameters if name not in reasons]))
-    drawn = [output_cotangents(kind, objective, batch, outputs, leaf, loss, generator) for _ in range(draws)]
+    own = ExampleDraws(batch, seed)
+    drawn = [output_cotangents(kind, objective, batch, outputs, leaf, loss, own) for _ in range(draws)]
     cotangents = drawn[0] if draws == 1 else torch.cat(drawn)
     if not uses or not len(cotangents):
         return

@@ -33,10 +33,8 @@ def sampled_gauss_newton_traces(
     samples: dict[str, list[float]] = {name: [] for name in readable}
     look, drawn = _DRAWS, 0
     while readable:
-        seed = int(torch.randint(2**62, (), generator=generator, device="cpu" if generator is None else generator.device))
-        try:
-            found = _draw(objective, readable, seed)
-        except ValueError:  # a loss that is not convex in the outputs, or too many of these to draw from
+        found = _draw(objective, readable, objective.seed(generator))
+        if found is None:
             return {}, {}
         for name, values in found.items():
             samples[name] += values.tolist()
@@ -51,10 +49,20 @@ def sampled_gauss_newton_traces(
     return {}, {}
 
 
-def _draw(objective: Objective, parameters: Mapping[str, nn.Parameter], seed: int) -> dict[str, torch.Tensor]:
-    """The sums of squared per-example gradients over the data set, for each of _DRAWS draws: (draws,)."""
+def _draw(objective: Objective, parameters: Mapping[str, nn.Parameter], seed: int) -> dict[str, torch.Tensor] | None:
+    """The sums of squared per-example gradients over the data set, for each of _DRAWS draws: (draws,). None where the loss of
+    any part is not convex in the outputs, or has too many of these to draw from."""
+
+    def own() -> dict[str, torch.Tensor] | None:
+        try:
+            return _own_draw(objective, parameters, seed)
+        except ValueError:
+            return None
+
     totals = {name: torch.zeros(_DRAWS, dtype=torch.float64) for name in parameters}
-    for part in objective.gathered(lambda: _own_draw(objective, parameters, seed)):
+    for part in objective.gathered(own):
+        if part is None:
+            return None
         for name, values in part.items():
             totals[name] += values
     return totals

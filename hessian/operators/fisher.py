@@ -1,14 +1,14 @@
 """Fisher matrices: second moments of per-item gradients."""
 
-import zlib
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from hessian.draws import fingerprint
 from hessian.item_losses import item_losses
-from hessian.objective import Data, LossFunction, Objective, is_classification, loss_setting, tensors_of
+from hessian.objective import Data, LossFunction, Objective, is_classification, loss_setting
 from hessian.operators.curvature import as_objective
 from hessian.operators.gauss_newton import Inner, OuterProductOperator, check_loss_of_outputs
 from hessian.output_loss import leaf_copy
@@ -59,7 +59,7 @@ class Fisher(OuterProductOperator):
         leaves, copied = leaf_copy(outputs, None)
         targets = self.objective.targets(batch)
         if self.kind == "sampled":
-            generator = torch.Generator().manual_seed(self._seed ^ _fingerprint(batch))
+            generator = torch.Generator().manual_seed(self._seed ^ fingerprint(batch))
             losses, shares = _drawn_losses(self.objective, copied, targets, generator)
         else:
             losses, shares = item_losses(self.objective, copied, targets)
@@ -84,14 +84,6 @@ class Fisher(OuterProductOperator):
             )
 
         return multiply
-
-
-def _fingerprint(batch: Any) -> int:
-    """A number that tells batches apart, so that every pass over the data draws the same targets for the same batch."""
-    value = 0
-    for tensor in tensors_of(batch):
-        value = zlib.crc32(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes(), value)
-    return value
 
 
 def _check_has_distribution(loss: LossFunction) -> None:
