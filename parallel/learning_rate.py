@@ -17,7 +17,7 @@ from hessian.results import LayerReport
 
 _SAFETY = 0.5  # of the stable rate: the curvature is of few examples, and some steps old
 _FIRST_PRODUCTS = 3
-_MEMORY = 0.5  # of what was measured before, in the largest eigenvalue of all
+_MEMORY = 0.25  # of what was measured before, in the largest eigenvalue of all
 _LAYER_MEMORY = 0.8  # in those of layers, once as many have been averaged: other layers' part is to average out
 _FLOOR = 1e-4  # of the largest layer's curvature: less, or negative curvature, counts as this much
 _TINY = 1e-30
@@ -74,10 +74,10 @@ def stability_threshold(optimizer: torch.optim.Optimizer) -> float:
 class CurvatureRates:
     r"""The rates of layers, from products with the Hessian of a few examples every some steps.
 
-    Of each layer's block the eigenvalue of largest magnitude is followed by a power iteration that all layers share: one product
+    Of each layer's block the eigenvalue of largest magnitude is followed by a power iteration that all layers share: a product
     with the blocks' vectors under random signs s gives, for layer l, :math:`s_l (H z)_l = H_{ll} v_l + \sum_{k \ne l} s_l s_k
-    H_{lk} v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix under the
-    rates that these give, which the safe rate is taken from: layers that are stable one by one need not be together.
+    H_{lk} v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix
+    under the rates that these give, which the safe rate is taken from: layers that are stable one by one need not be together.
 
     ratio: by how much a layer's rate may differ from the others', and how far the safe rate may lie above the base rate.
     Vectors are whole on every rank, and the same.
@@ -118,8 +118,8 @@ class CurvatureRates:
         preconditioner: torch.Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
-        """Measure with the products of `operator`, of the parameters in their order, one or two of them, at first six: layers are
-        followed every other time. Collective.
+        """Measure with one or two products of `operator`, of the parameters in their order, at first six: layers are followed
+        every other time. Collective.
 
         preconditioner: (P,), the diagonal of P. ArithmeticError where a product is not finite.
         """

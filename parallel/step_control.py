@@ -25,7 +25,7 @@ from parallel.schedules import rate
 from parallel.train_options import Config
 
 _SHARE = 0.05  # of the training's time, for following the curvature of layers
-_PRODUCTS = 7.5  # gradients of as many examples that an update takes as long as, on CPUs: few examples are slower each
+_PRODUCTS = 9.0  # gradients of as many examples that an update takes as long as, on CPUs: few examples are slower each
 
 _EPOCHS = 2.0  # from one doubling to the next, of the policies that double by epochs
 _NOISE_STEPS = 20  # from one noise scale to the next
@@ -96,8 +96,7 @@ class StepControl:
         self.seconds += time.perf_counter() - started
 
     def set_rates(self, examples: int, scale: float) -> float:
-        """Give the optimizer's groups the rates of the step to come, times `scale`; the rate of a layer that curves the loss like
-        most."""
+        """Give the optimizer's groups the rates of the step to come, times `scale`; the rate of a layer like most."""
         factor = scale * self._share(examples) * (1.0 if self.policy is None else self.policy.rate_factor)
         base = self.base_rate
         rates = {name: relative * base for name, relative in self.fixed.items()}

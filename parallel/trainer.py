@@ -15,7 +15,16 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import hessian
-from hessian.objective import LossFunction, Objective, count_examples, is_classification, map_tensors, take_examples, tensors_of
+from hessian.objective import (
+    LossFunction,
+    LossNotFiniteError,
+    Objective,
+    count_examples,
+    is_classification,
+    map_tensors,
+    take_examples,
+    tensors_of,
+)
 from hessian.operators.curvature import CurvatureOperator
 from hessian.processes import Processes
 from hessian.task import Task
@@ -119,7 +128,10 @@ class Trainer:
         while not self.done:
             self.processes.at(self.step, PHASES[3])
             self._seed()
-            self.control.update(self.step, self.examples, self)
+            try:
+                self.control.update(self.step, self.examples, self)
+            except (ArithmeticError, LossNotFiniteError) as error:
+                raise NotFiniteError(f"{error} before step {self.step}") from error
             if self.control.batch_size != size:
                 before, size = size or self.expected_batch, self.control.batch_size
                 self.expected_weight *= size / before

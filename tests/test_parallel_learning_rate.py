@@ -80,7 +80,7 @@ def test_preconditioned():
     assert rates.largest == pytest.approx(float(expected), rel=1e-3)
 
 
-def test_a_rise_counts_at_once_and_a_fall_by_half():
+def test_a_rise_counts_at_once_and_a_fall_by_most():
     parameters, product = operator(matrix(0.0))
     rates = CurvatureRates(parameters, 2.0, ratio=1.0)
     for _ in range(40):
@@ -90,7 +90,7 @@ def test_a_rise_counts_at_once_and_a_fall_by_half():
     assert rates.largest == pytest.approx(40.0, rel=1e-3)
     product.objective.model.matrix = product.objective.model.matrix / 5
     rates.update(product.anew())
-    assert rates.largest == pytest.approx((40 + 8) / 2, rel=1e-3)
+    assert rates.largest == pytest.approx(40 / 4 + 8 * 3 / 4, rel=1e-3)
 
 
 def test_going_on_from_a_checkpoint():
@@ -117,9 +117,9 @@ def test_curvature_that_is_zero_negative_or_not_finite():
     rates.update(product)
     assert rates.safe_rate == pytest.approx(1.0)
     assert rates.relative == pytest.approx({"first": 1.0, "second": 1.0})
-    parameters, product = operator(torch.full((10, 10), torch.nan, dtype=torch.float64))
+    parameters, product = operator(torch.full((10, 10), 1e200, dtype=torch.float64))
     with pytest.raises(ArithmeticError, match="not finite"):
-        CurvatureRates(parameters, 2.0).update(product)
+        CurvatureRates(parameters, 2.0).update(1e200 * product)
 
 
 def diverges(rate, optimizer, eigenvalue):
