@@ -27,7 +27,6 @@ from parallel.train_options import Config
 _SHARE = 0.05  # of the training's time, for following the curvature of layers
 _PRODUCTS = 9.0  # gradients of as many examples that an update takes as long as, on CPUs: few examples are slower each
 
-_EPOCHS = 2.0  # from one doubling to the next, of the policies that double by epochs
 _NOISE_STEPS = 20  # from one noise scale to the next
 
 
@@ -136,6 +135,8 @@ class StepControl:
 
     def _interval(self) -> int:
         """Steps from one look at the layers' curvature to the next."""
+        if self.config.measure_every is not None:
+            return self.config.measure_every
         return math.ceil(_PRODUCTS * self.config.curvature_examples / (_SHARE * self.config.batch_size))
 
     def _preconditioner(self) -> torch.Tensor | None:
@@ -164,12 +165,12 @@ def _policy(config: Config, size: int) -> BatchPolicy | None:
         raise ValueError(f"--largest-batch {largest}: the training data has {size} examples")
     match config.adaptive_batch:
         case "noise-scale":
-            return NoiseScaleBatch(base, largest, _NOISE_STEPS)
+            return NoiseScaleBatch(base, largest, config.measure_every or _NOISE_STEPS)
         case "adabatch":
-            return AdaBatch(base, largest, _EPOCHS)
+            return AdaBatch(base, largest, config.doubling_epochs)
         case "growing":
             return GrowingBatch(base, largest)
-    return ABSA(base, largest, _EPOCHS, config.adversarial_share)
+    return ABSA(base, largest, config.doubling_epochs, config.adversarial_share)
 
 
 def by_layer(names: list[str]) -> dict[str, list[str]]:

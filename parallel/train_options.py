@@ -50,7 +50,13 @@ class Config:
     rate_ratio: float = _option(10.0, "by how much the rates of layers may differ from the base rate", "RATIO")
     find_rate: bool = _option(False, "take the base learning rate from the curvature before the first step")
     curvature_examples: int = _option(16, "examples that curvature is measured on, over all ranks", "N")
+    measure_every: int | None = _option(
+        None,
+        "steps from one measurement to the next (default: 20 for noise-scale, for rates what costs about 5%%)",
+        "STEPS",
+    )
     adaptive_batch: str | None = _option(None, "what the batch follows", choices=("noise-scale", "adabatch", "growing", "absa"))
+    doubling_epochs: float = _option(2.0, "passes over the data after which adabatch and absa double it in any case", "E")
     largest_batch: int | None = _option(None, "up to which it grows (default: 16 times the first)", "B")
     adversarial_share: float = _option(
         0.0, "of the examples, which the fast gradient sign method changes (absa: at first)", "SHARE"
@@ -89,11 +95,11 @@ class Config:
         """Raise ValueError for values out of their range or at odds with each other."""
         positive = (
             *("batch_size", "accumulate", "checkpoint_every", "curvature_every", "curvature_examples", "rate_ratio", "keep"),
-            "timeout",
+            *("timeout", "doubling_epochs"),
         )
         optional = (
             *("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs", "base_batch", "largest_batch"),
-            "sharpness_every",
+            *("sharpness_every", "measure_every"),
         )
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not 0 < getattr(self, name) < math.inf:

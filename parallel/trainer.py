@@ -45,7 +45,7 @@ from parallel.train_options import Config
 PHASES = ("loading data", "running forward", "running backward", "estimating curvature")
 
 _EVALUATION_BATCH = 256
-_TRACE_PROBES = 8
+_TRACE_PROBES = 32
 
 
 class NotFiniteError(ArithmeticError):
