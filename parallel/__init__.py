@@ -1,12 +1,13 @@
 """How do many processes train one network as one? The layout that they should take, layers laid out so, the trainer, and the
 curvature of distributed models."""
 
-from parallel import curvature
+from parallel import adversarial, curvature
 from parallel.architectures import alexnet, gpt, resnet50
 from parallel.communication import AlphaBeta, Collective
 from parallel.layer_cost import Grid
 from parallel.layer_shape import LayerShape, describe
 from parallel.layouts.network import LaidOut
+from parallel.noise_scale import NoiseScale, noise_scale
 from parallel.planner import LayerPlan, Plan, Plans, plan
 
 __all__ = [
@@ -16,12 +17,15 @@ __all__ = [
     "LaidOut",
     "LayerPlan",
     "LayerShape",
+    "NoiseScale",
     "Plan",
     "Plans",
+    "adversarial",
     "alexnet",
     "curvature",
     "describe",
     "gpt",
+    "noise_scale",
     "plan",
     "resnet50",
 ]

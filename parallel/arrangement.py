@@ -12,6 +12,7 @@ from parallel.communication import AlphaBeta
 from parallel.laid_out_replica import LaidOutReplica
 from parallel.layer_cost import Layout
 from parallel.layouts.choice import Mesh, for_mesh, planned, read_mesh
+from parallel.layouts.ghost_batch_norm import use_ghosts
 from parallel.replica import Replica, has_unused_parameters
 from parallel.train_options import Config
 
@@ -36,11 +37,27 @@ def arranged(model: nn.Module, example: Any, config: Config, processes: Processe
         layouts = for_mesh(model, example, sizes, config.batch_size)
     if sizes.shared == 1:
         mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("batch",))
+        if config.ghost_batch is not None:
+            _check_ghosts(config, ranks)
+            use_ghosts(model, config.ghost_batch, mesh.get_group())
         unused = ranks > 1 and has_unused_parameters(model, example)
-        replica = Replica(model, mesh, shard=config.shard, global_batch_norm=config.batch_norm == "global", some_unused=unused)
+        whole = config.batch_norm == "global" and config.ghost_batch is None
+        replica = Replica(model, mesh, shard=config.shard, global_batch_norm=whole, some_unused=unused)
         return replica, ranks, processes.rank
+    if config.ghost_batch is not None:
+        raise ValueError("--ghost-batch: layers that share ranks by model or domain have moments of the whole batch alone")
     if config.batch_norm != "global":
         raise ValueError("--batch-norm local: layers that share ranks by model or domain have moments of the whole batch alone")
     mesh = init_device_mesh(kind, (sizes.batch, sizes.shared), mesh_dim_names=("batch", "shared"))
     tiles = None if sizes.model > 1 else sizes.tiles
     return LaidOutReplica(model, layouts, mesh, tiles), sizes.batch, mesh.get_local_rank("batch")
+
+
+def _check_ghosts(config: Config, ranks: int) -> None:
+    """Ghosts are the same on any number of ranks where none is divided among several."""
+    assert config.ghost_batch is not None
+    own = config.batch_size / config.accumulate / ranks
+    if own % config.ghost_batch:
+        raise ValueError(
+            f"--ghost-batch {config.ghost_batch} does not divide the {own:g} examples of a rank's pass: change one of them"
+        )

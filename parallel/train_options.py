@@ -74,6 +74,7 @@ class Config:
     batch_norm: str = _option(
         "global", "moments of the whole batch, as one process has them, or of each rank's part", choices=("global", "local")
     )
+    ghost_batch: int | None = _option(None, "normalise so many examples at a time, as small batches would be", "N")
     mesh: str | None = _option(None, "ranks by what they share, such as batch=2,model=2,domain=1 (default: the batch)")
     plan: str | None = _option(None, "auto: the grid and the layouts that communicate least, by --alpha and --beta", "auto")
     alpha: float = _option(2e-6, "seconds a message, for --plan auto", "S")
@@ -99,7 +100,7 @@ class Config:
         )
         optional = (
             *("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs", "base_batch", "largest_batch"),
-            *("sharpness_every", "measure_every"),
+            *("sharpness_every", "measure_every", "ghost_batch"),
         )
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not 0 < getattr(self, name) < math.inf:

@@ -11,6 +11,7 @@ import hessian
 from hessian.processes import joined
 from parallel.batch_size import ABSA, AdaBatch, GrowingBatch, NoiseScaleBatch
 from parallel.checkpoint import Checkpoints
+from parallel.layouts.ghost_batch_norm import use_ghosts
 from parallel.noise_scale import NoiseScale
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config
@@ -249,6 +250,35 @@ def test_the_same_examples_are_attacked_on_any_number_of_ranks():
 def test_a_measurement_needs_an_example_for_each_rank():
     for found in run_on_ranks(few_examples, 4):
         assert found > 0
+
+
+def ghosts():
+    return outcome(trainer(batch_size=16, ghost_batch=4, steps=4))
+
+
+def test_ghosts_are_the_same_on_any_number_of_ranks():
+    with joined():
+        expected = ghosts()
+        with pytest.raises(ValueError, match="--ghost-batch 5 does not divide the 16 examples"):
+            trainer(batch_size=16, ghost_batch=5)
+    for ranks in (2, 4):
+        for rank in run_on_ranks(ghosts, ranks):
+            assert_same(rank, expected)
+
+
+def test_a_ghost_is_normalised_as_a_batch_by_itself():
+    torch.manual_seed(0)
+    plain, model = nn.BatchNorm2d(3).double(), nn.Sequential(nn.BatchNorm2d(3).double())
+    use_ghosts(model, 4, None)
+    x = torch.randn(8, 3, 2, 2, dtype=torch.float64)
+    found = model(x)
+    torch.testing.assert_close(found, torch.cat([plain(x[:4]), plain(x[4:])]))
+    moments = [torch.stack(torch.var_mean(part, (0, 2, 3))) for part in x.split(4)]
+    variance, mean = (moments[0] + moments[1]) / 2
+    torch.testing.assert_close(model[0].running_mean, 0.1 * mean)
+    torch.testing.assert_close(model[0].running_var, 0.9 + 0.1 * variance)
+    scale = (0.9 + 0.1 * variance + 1e-5).rsqrt().view(3, 1, 1)
+    torch.testing.assert_close(model.eval()(x[:1]), (x[:1] - 0.1 * mean.view(3, 1, 1)) * scale)
 
 
 def few_examples():
