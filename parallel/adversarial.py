@@ -4,11 +4,12 @@ Each attack moves the inputs of a batch by at most `epsilon` in the largest entr
 as it can), and leaves the model as it was: mode, gradients, buffers.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import nn
+
+from parallel.evaluation_mode import in_evaluation_mode
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -65,7 +66,7 @@ def trust_region(
         raise ValueError(f"steps={steps}, radius={radius}, candidates={candidates}: give positive numbers")
     found = inputs.detach().clone()
     radii = radius * inputs.flatten(1).norm(dim=1)
-    with _evaluated(model):
+    with in_evaluation_mode(model):
         for _ in range(steps):
             margins, direction = _nearest_boundary(model, found, targets, candidates)
             active = margins > 0
@@ -111,21 +112,9 @@ def _margins(scores: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
 
 def _input_gradient(model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
     x = inputs.detach().requires_grad_()
-    with _evaluated(model), torch.enable_grad():
+    with in_evaluation_mode(model), torch.enable_grad():
         (gradient,) = torch.autograd.grad(loss(model(x), targets), x)
     return gradient
-
-
-@contextlib.contextmanager
-def _evaluated(model: nn.Module) -> Iterator[None]:
-    """Modules in evaluation mode, in which examples do not mix and buffers do not change."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check(inputs: torch.Tensor, epsilon: float) -> None:

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from parallel.evaluation_mode import in_evaluation_mode
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _POOLS = (nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d, nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
@@ -64,15 +66,12 @@ def describe(model: nn.Module, example: Any) -> list[LayerShape]:
         module.register_forward_hook(lambda module, arguments, output, name=name: record(name, module, arguments, output))
         for name, module in modules.items()
     ]
-    training = {module: module.training for module in model.modules()}
     try:
-        with torch.no_grad():
-            model.eval()(example)
+        with in_evaluation_mode(model), torch.no_grad():
+            model(example)
     finally:
         for handle in handles:
             handle.remove()
-        for module, mode in training.items():
-            module.training = mode
     missing = [name for name, module in modules.items() if name not in found and _own_weights(module)]
     if missing:
         raise ValueError(f"module {missing[0]!r} has weights and is never called with a tensor: its cost cannot be told")

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 
 from hessian.objective import tensors_of
 from hessian.structure import reachable_parameters
+from parallel.evaluation_mode import in_evaluation_mode
 from parallel.gathered import Gathered
 from parallel.layouts.batch_norm import globalize
 
@@ -110,14 +111,9 @@ class Replica:
 
 def has_unused_parameters(model: nn.Module, example: Any) -> bool:
     """Whether there are parameters that the outputs do not depend on. example: a batch of one input."""
-    modes = {module: module.training for module in model.modules()}
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    try:
-        with torch.random.fork_rng(), torch.enable_grad():
-            total = sum(tensor.float().sum() for tensor in tensors_of(model.eval()(example)) if tensor.requires_grad)
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    with in_evaluation_mode(model), torch.random.fork_rng(), torch.enable_grad():
+        total = sum(tensor.float().sum() for tensor in tensors_of(model(example)) if tensor.requires_grad)
     return isinstance(total, torch.Tensor) and len(reachable_parameters(total, parameters)) < len(parameters)
 
 

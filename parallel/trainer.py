@@ -34,6 +34,7 @@ from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
 from parallel.data_order import DataOrder, keyed_generator, share
+from parallel.evaluation_mode import in_evaluation_mode
 from parallel.noise_scale import NoiseScale, noise_scale
 from parallel.optimizers import KFAC, OPTIMIZERS, AdaHessian
 from parallel.replica import checkpoint_activations
@@ -274,7 +275,7 @@ class Trainer:
         rounds = math.ceil(math.ceil(size / self.groups) / _EVALUATION_BATCH)
         sums = torch.zeros(4, dtype=torch.float64)
         model = self.replica.model
-        with self._averaged(), _evaluating(model), self._autocast():
+        with self._averaged(), in_evaluation_mode(model), self._autocast():
             for number in range(rounds):
                 first = start + number * _EVALUATION_BATCH
                 chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)  # a rank without any keeps step
@@ -360,14 +361,3 @@ def with_label_smoothing(loss: LossFunction, smoothing: float) -> LossFunction:
     if is_classification(loss) and function is F.cross_entropy:
         return partial(loss, label_smoothing=smoothing)  # type: ignore[call-arg]  # cross-entropy takes it
     raise ValueError(f"--label-smoothing {smoothing}: the task's loss is not torch's cross-entropy")
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
