@@ -27,6 +27,8 @@ benchmarks: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.engine
 	$(BIN)/python -m benchmarks.sensitivities
 	$(BIN)/python -m benchmarks.quantizer
+	$(BIN)/python -m benchmarks.distributed
+	$(BIN)/python -m benchmarks.large_batch
 
 $(VENV)/installed-%: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
