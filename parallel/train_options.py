@@ -34,7 +34,9 @@ class Config:
     learning_rate: float | None = _option(None, "the base learning rate (default: the optimizer's own, 0.05 for sgd)", "R")
     momentum: float = _option(0.9, "of sgd, lars and kfac", "M")
     weight_decay: float = _option(0.0, "decay of weights: by the gradient for sgd and lars, else decoupled", "D")
-    curvature_every: int = _option(1, "steps from one estimate of the curvature to the next, of adahessian", "STEPS")
+    curvature_every: int | None = _option(
+        None, "steps from one estimate of the curvature to the next (default: 1 for adahessian, 10 for kfac)", "STEPS"
+    )
     curvature_passes: int | None = _option(
         None, "of how many of a step's passes (--accumulate) it is taken (default: all)", "N"
     )
@@ -95,12 +97,12 @@ class Config:
     def check(self) -> None:
         """Raise ValueError for values out of their range or at odds with each other."""
         positive = (
-            *("batch_size", "accumulate", "checkpoint_every", "curvature_every", "curvature_examples", "rate_ratio", "keep"),
+            *("batch_size", "accumulate", "checkpoint_every", "curvature_examples", "rate_ratio", "keep"),
             *("timeout", "doubling_epochs"),
         )
         optional = (
             *("evaluate_every", "curvature_passes", "learning_rate", "clip", "epochs", "base_batch", "largest_batch"),
-            *("sharpness_every", "measure_every", "ghost_batch"),
+            *("curvature_every", "sharpness_every", "measure_every", "ghost_batch"),
         )
         for name in (*positive, *(name for name in optional if getattr(self, name) is not None)):
             if not 0 < getattr(self, name) < math.inf:

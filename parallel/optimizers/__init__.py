@@ -46,14 +46,13 @@ def _lamb(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, 
 
 
 def _adahessian(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
-    return AdaHessian(parameters, learning_rate, weight_decay=config.weight_decay, curvature_every=config.curvature_every)
+    return AdaHessian(parameters, learning_rate, weight_decay=config.weight_decay, curvature_every=config.curvature_every or 1)
 
 
 def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
-    # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
-    return KFAC(
-        model, parameters, lr=learning_rate, momentum=config.momentum, weight_decay=config.weight_decay, inverse_every=10
-    )
+    every = config.curvature_every or 10  # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
+    settings = {"momentum": config.momentum, "weight_decay": config.weight_decay, "factor_every": every, "inverse_every": every}
+    return KFAC(model, parameters, lr=learning_rate, **settings)
 
 
 OPTIMIZERS = {
