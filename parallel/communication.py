@@ -18,7 +18,7 @@ Kind = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "halo
 @dataclass(frozen=True)
 class Collective:
     """One message among `ranks`. num_bytes: for all-gather, reduce-scatter and all-reduce those of the whole tensor, for
-    all-to-all those that a rank holds, for a halo those that a rank sends. purpose: what is sent."""
+    all-to-all those that a rank holds, for a halo those that a rank sends to each neighbour. purpose: what is sent."""
 
     kind: Kind
     purpose: str
@@ -27,9 +27,9 @@ class Collective:
 
     @property
     def sent(self) -> float:
-        """Bytes that a rank sends, by a bandwidth-optimal algorithm."""
+        """Bytes that a rank sends, by a bandwidth-optimal algorithm; of a halo, a rank between two others."""
         if self.kind == "halo":
-            return self.num_bytes if self.ranks > 1 else 0.0
+            return self.num_bytes * min(self.ranks - 1, 2)
         return (2 if self.kind == "all-reduce" else 1) * self.num_bytes * (self.ranks - 1) / self.ranks
 
 

@@ -171,7 +171,7 @@ def test_stages_are_the_first_ranks(tmp_path):
     first, second = run_on_ranks(staged, 2, tmp_path / "stages")
     assert first[:3] == second[:3] == [b"rank 0", b"rank 0", ["one"]]
     assert first[3].startswith("OSError: [Errno 28] No space left on device")
-    assert second[3] == first[3].replace("OSError", "RuntimeError")
+    assert second[3] == first[3].replace("OSError", "FirstRankError")
     assert first[4] == ["one"]
     assert len(list((tmp_path / "stages").iterdir())) == 1
 

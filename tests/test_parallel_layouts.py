@@ -274,6 +274,49 @@ def test_the_planner_knows_every_byte_on_the_wire(ranks, shared):
             assert sent == planned, layouts
 
 
+class Tall(nn.Sequential):
+    """Windows that move row by row, whose borders are those of the paper."""
+
+    def __init__(self):
+        super().__init__(nn.Conv2d(2, 3, 3, padding=1), nn.Conv2d(3, 3, 5, padding=2), nn.Conv2d(3, 2, 1), nn.Flatten(2))
+
+    def forward(self, x):
+        return super().forward(x).mean(2)
+
+
+def halos():
+    """Bytes of halos that this rank sends in a step, and as planned."""
+    ranks = distributed.get_world_size()
+    x, send, sent = torch.randn(4, 2, 12, 5), halo._send_and_receive, []
+    layers = describe(Tall(), x[:1])
+    mesh = init_device_mesh("cpu", (1, ranks), mesh_dim_names=("batch", "shared"))
+    replica = LaidOutReplica(Tall(), dict.fromkeys((layer.name for layer in layers), "domain"), mesh)
+
+    def counting_send(messages, received, group):
+        sent.append(float(sum(tensor.nbytes for tensor in messages.values())))
+        return send(messages, received, group)
+
+    outputs = []
+    hook = replica.model[2].register_forward_hook(lambda *seen: outputs.append(seen[2].part))
+    halo._send_and_receive = counting_send
+    try:
+        replica(x)
+        outputs[0].square().sum().backward()
+    finally:
+        halo._send_and_receive = send
+        hook.remove()
+    relaid = float(outputs[0].numel() * 4 * (ranks - 1) / ranks)  # the tiles on their way to the ranks that own their examples
+    plan = assignment(layers, ("domain",) * 3, Grid(ranks, 1), 4, AlphaBeta(0.0, 1.0))
+    planned = sum(one.sent for row in plan.layers for one in row.collectives if one.kind == "halo")
+    return sum(sent) - relaid, planned
+
+
+def test_inner_ranks_send_two_borders():
+    found = run_on_ranks(halos, 4)
+    assert max(sent for sent, _ in found) == found[0][1]
+    assert found[0][0] == found[3][0] == found[0][1] / 2
+
+
 def all_cases(shared):
     """As `CASES` says, and with images divided otherwise than by rows."""
     found = {(name, None): laid_out(name, shared) for name in CASES}
