@@ -260,6 +260,7 @@ def test_a_full_disk_is_noticed_first(folder, monkeypatch, capsys):
     assert "o has 1,000 bytes free, and this job needs up to" in capsys.readouterr().err
 
 
+@pytest.mark.nightly
 def test_a_disk_that_fills_while_writing(folder, monkeypatch, capsys):
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.delitem(sys.modules, "user_networks", raising=False)

@@ -25,7 +25,9 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "o"
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.nightly), signal.SIGKILL])
+@pytest.mark.parametrize(
+    "how", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.nightly) for one in (signal.SIGTERM, signal.SIGKILL))]
+)
 def test_an_interrupted_run_goes_on_where_it_was(folder, uninterrupted, how):
     """Evaluation data are slow: the job is stopped while it works through them after its first stages are done."""
     command = [sys.executable, "-m", "hawq.quantize", "user_networks:slow", "--out", "o"]
