@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
@@ -16,45 +17,45 @@ _BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by every 
 
 
 def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]]) -> Figure:
-    """Loss, metric, learning rate and gradient norm over the steps; dotted lines where the run went back."""
-    figure = Figure(figsize=(7.2, 7.2), layout="constrained")
-    axes = figure.subplots(4, 1, sharex=True, height_ratios=(3, 2, 1.4, 1.4))
-    steps = [row["step"] for row in rows]
-    evaluated = [row for row in rows if "evaluation_metric" in row]
-    axes[0].plot(steps, [row["loss"] for row in rows], color=_BLUE, linewidth=0.8, alpha=0.8, label="training, a step")
-    axes[0].plot(
-        [row["step"] for row in evaluated],
-        [_number(row["evaluation_loss"]) for row in evaluated],
-        color=_ORANGE,
-        marker="o",
-        markersize=3,
-        label="evaluation",
-    )
-    axes[0].set_ylabel("loss")
+    """Loss, metric, learning rate and gradient norm over the steps, batch size and sharpness where they are on record; dotted
+    lines where the run went back."""
+    panels = [("loss", 3.0), ("metric", 2.0), ("learning rate", 1.4), ("gradient norm", 1.4)]
+    if len({row["batch_size"] for row in rows}) > 1:
+        panels.append(("batch size", 1.4))
+    if any("top_eigenvalue" in row for row in rows):
+        panels.append(("top eigenvalue", 1.4))
+    figure = Figure(figsize=(7.2, 0.92 * sum(height for _, height in panels)), layout="constrained")
+    drawn = figure.subplots(len(panels), 1, sharex=True, height_ratios=[height for _, height in panels])
+    axes = dict(zip((name for name, _ in panels), drawn, strict=True))
+    marked = {"color": _ORANGE, "marker": "o", "markersize": 3}
+    _plot(axes["loss"], rows, "loss", color=_BLUE, linewidth=0.8, alpha=0.8, label="training, a step")
+    _plot(axes["loss"], rows, "evaluation_loss", **marked, label="evaluation")
     if all(row["loss"] > 0 for row in rows):
-        axes[0].set_yscale("log")
-        axes[0].yaxis.set_major_formatter("{x:.3g}")
-        axes[0].yaxis.set_minor_formatter("{x:.3g}" if _narrow(rows) else NullFormatter())
-    axes[0].legend(fontsize=8, frameon=False)
-    axes[1].plot(
-        [row["step"] for row in evaluated],
-        [_number(row["evaluation_metric"]) for row in evaluated],
-        color=_ORANGE,
-        marker="o",
-        markersize=3,
-    )
-    axes[1].set_ylabel("metric")
-    axes[2].plot(steps, [row["learning_rate"] for row in rows], color=_GREEN)
-    axes[2].set_ylabel("learning rate")
-    axes[3].plot(steps, [row["gradient_norm"] for row in rows], color=_BLUE, linewidth=0.8)
-    axes[3].set_ylabel("gradient norm")
-    axes[3].set_xlabel("step")
-    for one in axes:
+        axes["loss"].set_yscale("log")
+        axes["loss"].yaxis.set_major_formatter("{x:.3g}")
+        axes["loss"].yaxis.set_minor_formatter("{x:.3g}" if _narrow(rows) else NullFormatter())
+    axes["loss"].legend(fontsize=8, frameon=False)
+    _plot(axes["metric"], rows, "evaluation_metric", **marked)
+    _plot(axes["learning rate"], rows, "learning_rate", color=_GREEN)
+    _plot(axes["gradient norm"], rows, "gradient_norm", color=_BLUE, linewidth=0.8)
+    if "batch size" in axes:
+        _plot(axes["batch size"], rows, "batch_size", color=_GREEN, drawstyle="steps-post")
+    if "top eigenvalue" in axes:
+        _plot(axes["top eigenvalue"], rows, "top_eigenvalue", color=_BLUE, marker="o", markersize=3)
+    for name, one in axes.items():
+        one.set_ylabel(name)
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
         for rollback in rollbacks:
             one.axvline(rollback["step"], color="#666666", linestyle=":", linewidth=0.8)
+    drawn[-1].set_xlabel("step")
     return figure
+
+
+def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+    """The rows that have it, over their steps."""
+    having = [row for row in rows if name in row]
+    axes.plot([row["step"] for row in having], [_number(row[name]) for row in having], **style)
 
 
 def _number(value: float | None) -> float:
@@ -83,7 +84,8 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     found = [
         ("evaluation metric", f"{_number(evaluation['metric']):.4f}"),
         ("evaluation loss", f"{_number(evaluation['loss']):.5g}"),
-        ("steps", f"{report['steps']:,} of {report['config']['batch_size']} examples"),
+        ("steps", f"{report['steps']:,}"),
+        ("examples", f"{report['examples']:,}"),
         ("ranks", str(ranks)),
         ("seconds", f"{report['seconds']:.1f}"),
     ]
