@@ -35,7 +35,7 @@ class Config:
     momentum: float = _option(0.9, "of sgd, lars and kfac", "M")
     weight_decay: float = _option(0.0, "decay of weights: by the gradient for sgd and lars, else decoupled", "D")
     curvature_every: int | None = _option(
-        None, "steps from one estimate of the curvature to the next (default: 1 for adahessian, 10 for kfac)", "STEPS"
+        None, "steps from one estimate of the curvature to the next (default: 1 for adahessian, 5 for kfac)", "STEPS"
     )
     curvature_passes: int | None = _option(
         None, "of how many of a step's passes (--accumulate) it is taken (default: all)", "N"

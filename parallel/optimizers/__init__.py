@@ -50,9 +50,9 @@ def _adahessian(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: f
 
 
 def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
-    every = config.curvature_every or 10  # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
+    every = config.curvature_every or 5  # the trainer's runs may be shorter than KFAC's own 100 steps to the second inverses
     settings = {"momentum": config.momentum, "weight_decay": config.weight_decay, "factor_every": every, "inverse_every": every}
-    return KFAC(model, parameters, lr=learning_rate, **settings)
+    return KFAC(model, parameters, lr=learning_rate, damping=0.03, clip=0.01, **settings)
 
 
 OPTIMIZERS = {
@@ -61,5 +61,5 @@ OPTIMIZERS = {
     "lars": Kind(_lars, 0.2),
     "lamb": Kind(_lamb, 0.01),
     "adahessian": Kind(_adahessian, 0.15),
-    "kfac": Kind(_kfac, 0.02, whole_layers=True),
+    "kfac": Kind(_kfac, 0.1, whole_layers=True),
 }
