@@ -127,8 +127,6 @@ class Trainer:
         size = 0
         loaded: Iterator[list[Part]] = iter(())
         while not self.done:
-            self.processes.at(self.step, PHASES[3])
-            self._seed()
             try:
                 self.control.update(self.step, self.examples, self)
             except (ArithmeticError, LossNotFiniteError) as error:
@@ -143,10 +141,12 @@ class Trainer:
 
     def curvature(self) -> CurvatureOperator:
         """The Hessian of the loss of the examples that come next, as they are in the data set, of the model in its mode."""
+        self._begin_measuring()
         return self._operator([self._next(0, max(self.config.curvature_examples, self.groups))])
 
     def noise_scale(self) -> NoiseScale:
         """Of the gradient, by the examples that come next."""
+        self._begin_measuring()
         count = max(self.config.curvature_examples, self.groups)
         chunks = [self._next(number * count, count) for number in range(2)]
         return noise_scale(self.replica.measured_model, self.loss, chunks)
@@ -163,6 +163,10 @@ class Trainer:
         top = hessian.top_eigenpairs(operator, tol=0.05, generator=own)
         trace = hessian.trace(operator, method="hutchinson", max_matvecs=_TRACE_PROBES, generator=own)
         return {"top_eigenvalue": float(top.values[0]), "trace": trace.value, "trace_stderr": trace.stderr}
+
+    def _begin_measuring(self) -> None:
+        self.processes.at(self.step, PHASES[3])
+        self._seed()  # dropout is the same on ranks that share examples
 
     def _next(self, skipped: int, count: int) -> Any:
         return self.batches.examples(self.examples + skipped, count)
@@ -221,7 +225,6 @@ class Trainer:
         }
         every = self.config.sharpness_every
         if every is not None and self.step % every == 0:
-            self.processes.at(self.step, PHASES[3])
             row |= self.sharpness()
         return row
 
