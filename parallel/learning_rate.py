@@ -99,6 +99,11 @@ class CurvatureRates:
         self._averaged = self._updates = 0
 
     @property
+    def is_measured(self) -> bool:
+        """Whether there was an `update`."""
+        return self._updates > 0
+
+    @property
     def relative(self) -> dict[str, float]:
         """Each layer's rate over the safe rate, by how strongly it curves the loss, whether up or down."""
         return relative_rates({name: abs(value) for name, value in self.curvatures.items()}, self.sizes, self.ratio)

@@ -64,6 +64,10 @@ class StepControl:
             self.layers = CurvatureRates(parameters, stability_threshold(optimizer), ratio=config.rate_ratio)
         elif config.layer_rates is not None:
             self.fixed = reported_rates(LayerReport.load(Path(config.layer_rates)), parameters, config.rate_ratio)
+        if config.find_rate and not isinstance(optimizer, torch.optim.SGD):
+            raise ValueError(
+                f"--find-rate knows what is stable for sgd, not for {config.optimizer}, before its first step: leave it out"
+            )
         self.seconds = 0.0
 
     @property
@@ -79,7 +83,7 @@ class StepControl:
     @property
     def adversarial_share(self) -> float:
         """Of the examples of the step to come."""
-        return self.config.adversarial_share if self.policy is None else self.policy.adversarial_share
+        return self.policy.adversarial_share if isinstance(self.policy, ABSA) else self.config.adversarial_share
 
     def update(self, step: int, examples: int, run: Run) -> None:
         """Before each step. Collective."""
@@ -89,9 +93,11 @@ class StepControl:
             finder.update(run.curvature(), None, keyed_generator("finder", self.config.seed))
             self.base_rate = finder.safe_rate if math.isfinite(finder.safe_rate) else self.base_rate
         if self.policy is not None:
-            self.policy.update(step, examples / self.size, self._share(examples), run)
-        if self.layers is not None and step % self._interval() == 0:
-            self.layers.update(run.curvature(), self._preconditioner(), keyed_generator("rates", self.config.seed, step))
+            self.policy.update(step, examples / self.size, self._share(examples, warm=True), run)
+        if self.layers is not None and (not self.layers.is_measured or step % self._interval() == 0):
+            preconditioner = self._preconditioner()
+            if preconditioner is not None or isinstance(self.optimizer, torch.optim.SGD):
+                self.layers.update(run.curvature(), preconditioner, keyed_generator("rates", self.config.seed, step))
         self.seconds += time.perf_counter() - started
 
     def set_rates(self, examples: int, scale: float) -> float:
@@ -99,7 +105,7 @@ class StepControl:
         factor = scale * self._share(examples) * (1.0 if self.policy is None else self.policy.rate_factor)
         base = self.base_rate
         rates = {name: relative * base for name, relative in self.fixed.items()}
-        if self.layers is not None:
+        if self.layers is not None and self.layers.is_measured:
             rates = self.layers.rates(base)
             base = min(self.layers.safe_rate, self.layers.ratio * base)
         for group in self.optimizer.param_groups:
@@ -125,12 +131,16 @@ class StepControl:
         self.base_rate = state["base_rate"]
         if self.policy is not None:
             self.policy.load(state["policy"])
-        if self.layers is not None and tensors:
-            self.layers.load(state["layers"], tensors["blocks"], tensors["whole"])
+        if self.layers is not None:
+            self.layers = CurvatureRates(self.parameters, self.layers.threshold, ratio=self.layers.ratio)
+            if tensors:
+                self.layers.load(state["layers"], tensors["blocks"], tensors["whole"])
 
-    def _share(self, examples: int) -> float:
-        """Of the base rate, by the schedule."""
+    def _share(self, examples: int, *, warm: bool = False) -> float:
+        """Of the base rate, by the schedule; 1 in the warm-up, if it is taken to be `warm` already."""
         done = min(examples / self.config.batch_size, self.steps - 1)
+        if warm and done < math.ceil(self._warmup * self.steps):
+            return 1.0
         return rate(done, self.steps, self._warmup, self.config.schedule)
 
     def _interval(self) -> int:
@@ -141,13 +151,14 @@ class StepControl:
 
     def _preconditioner(self) -> torch.Tensor | None:
         """The diagonal by which the optimizer divides its steps, (P,); None where there is none, or none yet."""
-        if isinstance(self.optimizer, torch.optim.SGD):
+        if not any("exp_avg_sq" in state for state in self.optimizer.state.values()):
             return None
         parts = []
         for parameter in self.parameters.values():
             state = self.optimizer.state.get(parameter, {})
-            if "exp_avg_sq" not in state:
-                return None
+            if "exp_avg_sq" not in state:  # the loss does not depend on it
+                parts.append(torch.ones(parameter.numel(), dtype=parameter.dtype, device=parameter.device))
+                continue
             group = next(one for one in self.optimizer.param_groups if any(parameter is other for other in one["params"]))
             square = state["exp_avg_sq"]
             square = square.full_tensor() if isinstance(square, DTensor) else square

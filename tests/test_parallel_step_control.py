@@ -208,7 +208,7 @@ def test_refusals(tmp_path):
         for options, message in (
             ({"adaptive_batch": "adabatch", "largest_batch": 56}, "--largest-batch 56: the training data has 29"),
             ({"layer_rates": "curvature", "optimizer": "lamb"}, "not for LAMB"),
-            ({"find_rate": True, "optimizer": "lars"}, "not for LARS"),
+            ({"find_rate": True, "optimizer": "adamw"}, "stable for sgd, not for adamw, before its first step"),
             ({"adversarial_share": 0.5, "shard": True}, "need the whole model on each rank"),
         ):
             with pytest.raises(ValueError, match=message):
@@ -233,6 +233,29 @@ def test_rates_from_a_report_are_kept(tmp_path):
     assert len(set(rates.values())) > 1
     assert all(0.01 <= rate <= 1.0 for rate in rates.values())
     assert rates == {name: 0.1 * factor for name, factor in one.control.fixed.items()}
+
+
+def test_a_warm_up_does_not_make_the_batch_grow():
+    with joined():
+        one = trainer(adaptive_batch="growing", batch_size=7, largest_batch=28, steps=12, warmup=0.5, adversarial_share=0.2)
+        sizes_taken = [row["batch_size"] for row in one.train()]
+    assert sizes_taken[:6] == [7] * 6
+    assert sizes_taken[-1] > 7
+    assert one.control.adversarial_share == 0.2
+
+
+def test_rates_of_adam_are_the_base_rate_until_it_has_a_preconditioner():
+    with joined():
+        one = trainer(**RUNS["rates of adamw"] | {"schedule": "constant", "warmup": 0.0})
+        steps = one.train()
+        next(steps)
+        assert {group["lr"] for group in one.optimizer.param_groups} == {0.01}
+        assert not one.control.layers.is_measured
+        next(steps)
+    assert one.control.layers.is_measured
+    expected = torch.cat([(one.optimizer.state[p]["exp_avg_sq"]).flatten() for p in one.control.parameters.values()])
+    assert one.control._preconditioner().shape == expected.shape
+    assert len({group["lr"] for group in one.optimizer.param_groups}) > 1
 
 
 def adversarial():

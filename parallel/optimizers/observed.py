@@ -1,5 +1,6 @@
 """What optimizers share that step by a curvature operator: it is observed, then a step is taken in its coordinates."""
 
+from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -79,8 +80,9 @@ class ByOperator(torch.optim.Optimizer):
         self._advance(operator)
         return value
 
+    @abstractmethod
     def _advance(self, operator: Curvature) -> None:
-        raise NotImplementedError
+        """Change the parameters."""
 
     def _positions(self) -> list[torch.Tensor]:
         """Copies of this rank's parts of the parameters, in the operator's order."""
