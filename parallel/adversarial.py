@@ -9,9 +9,24 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
+from hessian.draws import ExampleDraws
 from parallel.evaluation_mode import in_evaluation_mode
 
+ATTACKS = ("fgsm", "pgd", "trust-region")
+
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def attacked(
+    name: str, model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, epsilon: float, seed: int
+) -> torch.Tensor:
+    """The inputs as one of `ATTACKS` moves them; the trust-region attack as far as it must, whatever `epsilon` is."""
+    match name:
+        case "fgsm":
+            return fgsm(model, loss, inputs, targets, epsilon)
+        case "pgd":
+            return pgd(model, loss, inputs, targets, epsilon, seed=seed)
+    return trust_region(model, inputs, targets)
 
 
 def fgsm(model: nn.Module, loss: Loss, inputs: torch.Tensor, targets: torch.Tensor, epsilon: float) -> torch.Tensor:
@@ -30,15 +45,15 @@ def pgd(
     *,
     steps: int = 10,
     step_size: float | None = None,
-    generator: torch.Generator | None = None,
+    seed: int = 0,
 ) -> torch.Tensor:
     """Projected gradient ascent of the loss from a random point of the box of half-width `epsilon` (Madry et al. 2018, section
-    2.1); step_size: by default 2.5 epsilon / steps."""
+    2.1), drawn for each example by its values and `seed`; step_size: by default 2.5 epsilon / steps."""
     _check(inputs, epsilon)
     if steps < 1:
         raise ValueError(f"steps={steps}: give at least 1")
     step_size = 2.5 * epsilon / steps if step_size is None else step_size
-    draws = torch.rand(inputs.shape, generator=generator, device=None if generator is None else generator.device)
+    draws = ExampleDraws((inputs, targets), seed).uniform(inputs.shape)
     found = inputs + epsilon * (2 * draws.to(inputs) - 1)
     for _ in range(steps):
         found = found + step_size * _input_gradient(model, loss, found, targets).sign()

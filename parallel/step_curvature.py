@@ -6,27 +6,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessian.operators.curvature import CurvatureOperator
+from hessian.operators.base import LinearOperator
 from hessian.operators.hessian import Hessian
 from hessian.split_data import SplitObjective
+from parallel.gathered import Gathered
 from parallel.laid_out_curvature import LaidOutHessian
 from parallel.layouts.network import LaidOut
+from parallel.sharded_vectors import ShardedVectors
 
 PartLoss = Callable[[nn.Module, Any], torch.Tensor]
 
 
-def step_hessian(model: nn.Module, loss: PartLoss, parts: Sequence[Any]) -> CurvatureOperator:
+def step_hessian(model: nn.Module, loss: PartLoss, parts: Sequence[Any]) -> LinearOperator:
     r"""Products with the matrix of second derivatives of a sum over all ranks' parts.
 
     .. math:: H = \nabla^2 \sum_r \sum_p \ell_{rp}(\theta)
 
     model: whole on every rank, or laid out. loss(model, part): this rank's share of the loss of one pass, weighted already:
     where batch norms take their moments over all ranks, and where layers are divided, derivatives flow between ranks, and a
-    weight given afterwards would be one of other ranks' shares, too. parts: this rank's, as many as every other's. For products
-    alone, which are the same on every rank but for layers in parts. Collective.
+    weight given afterwards would be one of other ranks' shares, too. parts: this rank's, as many as every other's. Vectors are
+    whole on every rank, but in parts of gathered or laid-out models. Collective.
     """
     objective = _StepObjective(model, loss, parts)
-    return LaidOutHessian(objective) if isinstance(model, LaidOut) else Hessian(objective)
+    if isinstance(model, LaidOut):
+        return LaidOutHessian(objective)
+    operator = Hessian(objective)
+    return ShardedVectors(operator, model.group, model.refresh) if isinstance(model, Gathered) else operator
 
 
 class _StepObjective(SplitObjective):

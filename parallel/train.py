@@ -7,7 +7,7 @@ import socket
 import sys
 import time
 import traceback
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -22,6 +22,7 @@ from hessian.files import write_atomically
 from hessian.processes import FirstRankError, Processes, RankLostError, joined, leave
 from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
 from parallel.metrics import Metrics, without_nan
+from parallel.optimizers import KFAC
 from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config, parse
@@ -148,6 +149,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
     if run.resumed_at is None:
         run.save()  # what a NaN in the first steps goes back to
     evaluation = run.train()
+    attacked = trainer.evaluate_attacked() if config.attack is not None else None
     state = trainer.replica.state() | ({} if trainer.average is None else trainer.average.tensors)
     weights = whole(state)
     report = {
@@ -159,6 +161,7 @@ def train(config: Config, processes: Processes) -> dict[str, Any]:
         "steps": trainer.step,
         "examples": trainer.examples,
         "evaluation": without_nan({"metric": evaluation.metric, "loss": evaluation.loss}),
+        "attacked": None if attacked is None else {"attack": config.attack} | asdict(attacked),
         "resumed_at": run.resumed_at,
         "rollbacks": run.rollbacks,
         "seconds": time.perf_counter() - started,
@@ -220,9 +223,10 @@ def _prepare_folder(folder: Path, needed: int) -> None:
 
 
 def _state_bytes(trainer: Trainer) -> int:
-    """What a checkpoint will take: the model's tensors, two for the optimizer, one for an average."""
+    """What a checkpoint will take: the model's tensors, two for the optimizer, one for an average, K-FAC's factors."""
     copies = 3 + (trainer.average is not None)
-    return copies * sum(tensor.numel() * tensor.element_size() for tensor in trainer.replica.state().values())
+    factors = trainer.optimizer.factor_bytes if isinstance(trainer.optimizer, KFAC) else 0
+    return factors + copies * sum(tensor.numel() * tensor.element_size() for tensor in trainer.replica.state().values())
 
 
 def _write(folder: Path, report: dict[str, Any], rows: list[dict[str, Any]], weights: dict[str, torch.Tensor]) -> None:

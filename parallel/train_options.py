@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from parallel.adversarial import ATTACKS
 from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
 from parallel.schedules import SCHEDULES
@@ -60,10 +61,13 @@ class Config:
     adaptive_batch: str | None = _option(None, "what the batch follows", choices=("noise-scale", "adabatch", "growing", "absa"))
     doubling_epochs: float = _option(2.0, "passes over the data after which adabatch and absa double it in any case", "E")
     largest_batch: int | None = _option(None, "up to which it grows (default: 16 times the first)", "B")
-    adversarial_share: float = _option(
-        0.0, "of the examples, which the fast gradient sign method changes (absa: at first)", "SHARE"
+    adversarial_share: float = _option(0.0, "of the examples, which an attack changes in training (absa: at first)", "SHARE")
+    attack: str | None = _option(
+        None,
+        "the attack (in training by default fgsm); the trained network is evaluated under it, too",
+        choices=ATTACKS,
     )
-    epsilon: float = _option(0.05, "by how much it changes an input", "E")
+    epsilon: float = _option(0.05, "by how much fgsm and pgd change an input", "E")
     sharpness_every: int | None = _option(None, "record the Hessian's top eigenvalue and trace after so many steps", "STEPS")
     clip: float | None = _option(None, "largest norm of the gradient; longer ones are shortened to it", "NORM")
     label_smoothing: float = _option(0.0, "of cross-entropy", "S")
@@ -123,6 +127,10 @@ class Config:
             raise ValueError("--shard divides parameters over the ranks that share the batch: leave out --mesh and --plan")
         if self.batch_size % self.accumulate:
             raise ValueError(f"--accumulate {self.accumulate} does not divide --batch-size {self.batch_size}")
+        if self.optimizer.startswith("newton") and self.curvature_passes is not None:
+            raise ValueError(
+                f"--optimizer {self.optimizer} takes loss and curvature of the same passes: leave out --curvature-passes"
+            )
         if (self.curvature_passes or 1) > self.accumulate:
             raise ValueError(f"--curvature-passes {self.curvature_passes}: a step has {self.accumulate}: raise --accumulate")
         for item in fields(self):

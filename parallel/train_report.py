@@ -89,6 +89,10 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
         ("ranks", str(ranks)),
         ("seconds", f"{report['seconds']:.1f}"),
     ]
+    attacked = report["attacked"]
+    if attacked is not None:
+        name, moved = attacked["attack"], attacked["perturbation"]
+        found.insert(1, (f"metric under {name}", f"{attacked['metric']:.4f} (inputs moved by {moved:.1%} of their norm)"))
     if report["curvature_seconds"] > 0.001:
         share = report["curvature_seconds"] / report["seconds"]
         found.append(("of which on curvature", f"{report['curvature_seconds']:.1f} ({share:.1%})"))

@@ -29,7 +29,7 @@ from hessian.operators.curvature import CurvatureOperator
 from hessian.processes import Processes
 from hessian.task import Task
 from parallel import curvature
-from parallel.adversarial import fgsm
+from parallel.adversarial import attacked
 from parallel.arrangement import arranged
 from parallel.augmentation import Augmentation
 from parallel.average import WeightAverage
@@ -37,6 +37,7 @@ from parallel.data_order import DataOrder, keyed_generator, share
 from parallel.evaluation_mode import in_evaluation_mode
 from parallel.noise_scale import NoiseScale, noise_scale
 from parallel.optimizers import KFAC, OPTIMIZERS, AdaHessian
+from parallel.optimizers.observed import ByOperator
 from parallel.replica import checkpoint_activations
 from parallel.step_batches import Part, StepBatches
 from parallel.step_control import StepControl, by_layer
@@ -59,6 +60,14 @@ class Evaluation:
 
     metric: float
     loss: float
+
+
+@dataclass(frozen=True)
+class AttackedEvaluation:
+    """Means over the evaluation data after an attack; perturbation: by which share of its norm an example's input moved."""
+
+    metric: float
+    perturbation: float
 
 
 class Trainer:
@@ -100,7 +109,7 @@ class Trainer:
         if kind.whole_layers and self.groups < processes.world_size:
             raise ValueError(f"--optimizer {config.optimizer} needs whole layers on each rank: leave out --mesh and --plan")
         in_parts = config.shard or self.groups < processes.world_size
-        if in_parts and (config.adversarial_share or config.adaptive_batch == "absa"):
+        if in_parts and (config.adversarial_share or config.attack or config.adaptive_batch == "absa"):
             raise ValueError("adversarial examples need the whole model on each rank: leave out --shard, --mesh and --plan")
         self.optimizer = kind.make(self.replica.model, _groups(trained, config.layer_rates is not None), base_rate, config)
         self.control = StepControl(config, self.optimizer, dict(trained), base_rate, self.steps, self.size)
@@ -207,7 +216,7 @@ class Trainer:
             raise NotFiniteError(f"the loss is {value} and its gradient's norm {length} in step {self.step}")
         if self.config.clip is not None:
             self.replica.shorten_gradient(norm, self.config.clip)
-        if isinstance(self.optimizer, AdaHessian) and self.optimizer.needs_curvature():
+        if isinstance(self.optimizer, AdaHessian | ByOperator) and self.optimizer.needs_curvature():
             self._observe(self.optimizer, list(zip(parts, weights, strict=True)), mixing)
         learning_rate = self.control.set_rates(self.examples, self.rate_scale)
         self.optimizer.step()
@@ -241,8 +250,14 @@ class Trainer:
             return part
         rows = chosen.nonzero().squeeze(1).to(inputs.device)
         changed = inputs.clone()
-        changed[rows] = fgsm(self.replica.measured_model, self.loss, inputs[rows], targets[rows], self.config.epsilon)
+        changed[rows] = self._moved(self.loss, inputs[rows], targets[rows])
         return replace(part, batch=[changed, targets])
+
+    def _moved(self, loss: LossFunction, inputs: Any, targets: Any) -> torch.Tensor:
+        config = self.config
+        return attacked(
+            config.attack or "fgsm", self.replica.measured_model, loss, inputs, targets, config.epsilon, config.seed
+        )
 
     def _weigh_pass(self, weight: float, expected: float, passes: int) -> None:
         """Tell an optimizer that reads gradients in the passes what their loss is to the items' losses."""
@@ -251,7 +266,7 @@ class Trainer:
             items = weight / shares if self._weighing.is_sum else weight
             self.optimizer.weigh(items, expected / self.replica.sum_gradients)
 
-    def _observe(self, optimizer: AdaHessian, parts: list[tuple[Part, float]], mixing: float) -> None:
+    def _observe(self, optimizer: AdaHessian | ByOperator, parts: list[tuple[Part, float]], mixing: float) -> None:
         """Show the optimizer the Hessian of the step's loss, or of its first passes; `parts` have their weights."""
         chosen = parts[: self.config.curvature_passes]
         total = torch.tensor(sum(weight for _, weight in chosen), dtype=torch.float64, device=self.processes.device)
@@ -272,21 +287,13 @@ class Trainer:
     @torch.no_grad()
     def evaluate(self) -> Evaluation:
         """The metric and the loss of the evaluation data, which the ranks share."""
-        dataset, objective = self.task.evaluation, Objective(self.replica.model, self.task.loss, [])
-        size = len(dataset)  # type: ignore[arg-type]
-        start, stop = share(0, size, self.group_index, self.groups)
-        rounds = math.ceil(math.ceil(size / self.groups) / _EVALUATION_BATCH)
+        objective = Objective(self.replica.model, self.task.loss, [])
         sums = torch.zeros(4, dtype=torch.float64)
-        model = self.replica.model
-        with self._averaged(), in_evaluation_mode(model), self._autocast():
-            for number in range(rounds):
-                first = start + number * _EVALUATION_BATCH
-                chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)  # a rank without any keeps step
-                items = default_collate([dataset[index] for index in chosen])
-                batch = map_tensors(lambda tensor: tensor.to(self.processes.device), items)
+        with self._averaged(), in_evaluation_mode(self.replica.model), self._autocast():
+            for batch, is_own in self._evaluation_batches():
                 outputs, own = self.replica.outputs(batch[0]), self._own(batch)
                 examples = count_examples(own)
-                if first < stop and examples:
+                if is_own and examples:
                     weight = objective.weight(own)
                     loss, metric = float(self.task.loss(outputs, own[1])), float(self.task.metric(outputs, own[1]))
                     sums += torch.tensor([weight * loss, weight, examples * metric, examples], dtype=torch.float64)
@@ -294,6 +301,33 @@ class Trainer:
         distributed.all_reduce(sums)
         loss, weight, metric, examples = sums.tolist()
         return Evaluation(metric / examples, loss if objective.is_sum else loss / weight if weight else math.nan)
+
+    def evaluate_attacked(self) -> AttackedEvaluation:
+        """The metric of the evaluation data as the config's attack moves it."""
+        sums = torch.zeros(3, dtype=torch.float64)
+        with self._averaged(), in_evaluation_mode(self.replica.model):
+            for (inputs, targets), is_own in self._evaluation_batches():
+                if is_own:
+                    moved = self._moved(self.task.loss, inputs, targets)
+                    with torch.no_grad():
+                        metric = float(self.task.metric(self.replica.model(moved), targets))
+                    shares = (moved - inputs).flatten(1).norm(dim=1) / inputs.flatten(1).norm(dim=1).clamp(min=1e-30)
+                    sums += torch.tensor([len(inputs) * metric, float(shares.sum()), len(inputs)], dtype=torch.float64)
+        sums = sums.to(self.processes.device)
+        distributed.all_reduce(sums)
+        metric, perturbation, examples = sums.tolist()
+        return AttackedEvaluation(metric / examples, perturbation / examples)
+
+    def _evaluation_batches(self) -> Iterator[tuple[Any, bool]]:
+        """Batches of this rank's share, as many as on every other, and whether it is: a rank without any keeps step."""
+        dataset = self.task.evaluation
+        size = len(dataset)  # type: ignore[arg-type]  # map-style datasets have a length
+        start, stop = share(0, size, self.group_index, self.groups)
+        for number in range(math.ceil(math.ceil(size / self.groups) / _EVALUATION_BATCH)):
+            first = start + number * _EVALUATION_BATCH
+            chosen = range(first, min(first + _EVALUATION_BATCH, stop)) or range(1)
+            items = default_collate([dataset[index] for index in chosen])
+            yield map_tensors(lambda tensor: tensor.to(self.processes.device), items), first < stop
 
     def _seed(self) -> None:
         """Random numbers of this step, the same for ranks that share examples."""

@@ -36,7 +36,7 @@ def test_projected_ascent_stays_in_the_box_and_beats_one_step(problem):
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     model.train()
     one = fgsm(model, F.cross_entropy, x, targets, 0.3)
-    many = pgd(model, F.cross_entropy, x, targets, 0.3, steps=20, generator=torch.Generator().manual_seed(0))
+    many = pgd(model, F.cross_entropy, x, targets, 0.3, steps=20, seed=0)
     assert model.training
     assert all(parameter.grad is None for parameter in model.parameters())
     assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())

@@ -28,6 +28,10 @@ TRAINED = {
     "adahessian, sharded, mixed": {"optimizer": "adahessian", "shard": True, "mixup": 0.4, "label_smoothing": 0.1},
     "adahessian, laid out": {"optimizer": "adahessian", "accumulate": 2, "curvature_every": 2, "mesh": "model"},
     "adahessian, first passes": {"optimizer": "adahessian", "accumulate": 2, "curvature_passes": 1},
+    "newton-cg": {"optimizer": "newton-cg", "accumulate": 2},
+    "newton-cg, sharded": {"optimizer": "newton-cg", "shard": True},
+    "newton-mr, sharded": {"optimizer": "newton-mr", "shard": True, "steps": 1},
+    "newton-cg, laid out": {"optimizer": "newton-cg", "mesh": "domain"},
     "adahessian, some ranks without targets": {"optimizer": "adahessian", "batch_size": 4},
 }
 
@@ -58,7 +62,8 @@ def test_many_ranks_train_as_one_process(one_process, ranks):
     """Passes that do not divide evenly, moments of all ranks' examples in the batch norms that the curvature sees."""
     for rank in run_on_ranks(trained, ranks):
         for name, found in rank.items():
-            assert_same(found, one_process[name])
+            # twenty Lanczos vectors without reorthogonalization magnify rounding
+            assert_same(found, one_process[name], 1e-8 if name.startswith("newton-mr") else 1e-10)
 
 
 def test_the_trainer_shows_the_hessian_of_its_loss(one_process):
@@ -96,7 +101,14 @@ def test_curvature_of_more_passes_than_there_are():
         Config("small", accumulate=2, curvature_passes=3).check()
 
 
-RESUMED = ("lars", "lamb, sharded", "adahessian, laid out", "adahessian, first passes")
+def test_newton_methods_take_whole_steps_of_one_group():
+    with pytest.raises(ValueError, match="newton-cg takes loss and curvature of the same passes"):
+        Config("small", optimizer="newton-cg", accumulate=2, curvature_passes=1).check()
+    with joined(), pytest.raises(ValueError, match="NewtonCG moves all parameters by one step: pass one group"):
+        trainer(optimizer="newton-cg", layer_rates="report.json")
+
+
+RESUMED = ("newton-cg", "lars", "lamb, sharded", "adahessian, laid out", "adahessian, first passes")
 
 
 def resumed(folder):

@@ -9,6 +9,7 @@ from torch import distributed, nn
 
 import hessian
 from hessian.processes import joined
+from parallel.adversarial import ATTACKS
 from parallel.batch_size import ABSA, AdaBatch, GrowingBatch, NoiseScaleBatch
 from parallel.checkpoint import Checkpoints
 from parallel.layouts.ghost_batch_norm import use_ghosts
@@ -268,6 +269,43 @@ def test_the_same_examples_are_attacked_on_any_number_of_ranks():
     assert not torch.allclose(expected[0], plain[0], rtol=1e-6)
     for rank in run_on_ranks(adversarial, 2):
         assert_same(rank, expected)
+
+
+def test_going_back_to_the_first_step_forgets_what_was_measured_since(tmp_path):
+    with joined():
+        one = trainer(layer_rates="curvature", measure_every=1)
+        checkpoints = Checkpoints(tmp_path)
+        checkpoints.save(0, tensors_of(one), numbers_of(one))
+        checkpoints.finish()
+        expected = outcome(one)
+        restore(one, checkpoints, 0)
+        assert not one.control.layers.is_measured
+        again = outcome(one)
+    assert torch.equal(again[0], expected[0])
+    assert all(torch.equal(tensor, expected[1][name]) for name, tensor in again[1].items())
+
+
+def attacked():
+    found = {}
+    for attack in ATTACKS:
+        one = trainer(attack=attack, epsilon=0.1, steps=4, ema=0.5)
+        outcome(one, 4)
+        clean, under = one.evaluate(), one.evaluate_attacked()
+        assert under.metric <= clean.metric
+        found[attack] = torch.tensor([under.metric, under.perturbation], dtype=torch.float64)
+    return found
+
+
+def test_evaluation_under_attack_is_the_same_on_any_number_of_ranks():
+    with joined():
+        expected = attacked()
+        with pytest.raises(ValueError, match="need the whole model on each rank: leave out --shard"):
+            trainer(attack="pgd", shard=True)
+    assert all(0 < float(found[1]) < 1 for found in expected.values())
+    assert float(expected["trust-region"][0]) < 0.1
+    for rank in run_on_ranks(attacked, 2):
+        for attack, found in rank.items():
+            torch.testing.assert_close(found, expected[attack], rtol=1e-9, atol=0)
 
 
 def test_a_measurement_needs_an_example_for_each_rank():

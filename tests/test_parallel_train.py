@@ -93,13 +93,13 @@ def test_layouts_train_as_one_process(one_process, ranks):
             assert_same(found, one_process[LAID_OUT[name][1]])
 
 
-def assert_same(found, expected):
-    torch.testing.assert_close(found[0], expected[0], rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found[2], expected[2], rtol=1e-10, atol=1e-10)
+def assert_same(found, expected, tolerance=1e-10):
+    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(found[2], expected[2], rtol=tolerance, atol=tolerance)
     assert found[1].keys() == expected[1].keys()
     for name, tensor in found[1].items():
         torch.testing.assert_close(
-            tensor, expected[1][name], rtol=1e-10, atol=1e-10, msg=lambda text, name=name: f"{name}: {text}"
+            tensor, expected[1][name], rtol=tolerance, atol=tolerance, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 

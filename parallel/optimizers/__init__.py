@@ -16,6 +16,8 @@ from parallel.optimizers.newton_mr import NewtonMR
 
 __all__ = ["KFAC", "LAMB", "LARS", "OPTIMIZERS", "AdaHessian", "Kind", "NewtonCG", "NewtonMR"]
 
+_NEWTON_MATVECS = 20  # a step, in the trainer: each is as dear as two to three gradients
+
 Make = Callable[[nn.Module, list[dict[str, Any]], float, Any], torch.optim.Optimizer]
 
 
@@ -55,6 +57,16 @@ def _kfac(model: nn.Module, parameters: list[dict[str, Any]], learning_rate: flo
     return KFAC(model, parameters, lr=learning_rate, damping=0.03, clip=0.01, **settings)
 
 
+def _newton_cg(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+    del config
+    return NewtonCG(parameters, lr=learning_rate, max_matvecs=_NEWTON_MATVECS)
+
+
+def _newton_mr(_: nn.Module, parameters: list[dict[str, Any]], learning_rate: float, config: Any) -> torch.optim.Optimizer:
+    del config
+    return NewtonMR(parameters, lr=learning_rate, max_matvecs=_NEWTON_MATVECS)
+
+
 OPTIMIZERS = {
     "sgd": Kind(_sgd, 0.05),
     "adamw": Kind(_adamw, 1e-3),
@@ -62,4 +74,6 @@ OPTIMIZERS = {
     "lamb": Kind(_lamb, 0.01),
     "adahessian": Kind(_adahessian, 0.15),
     "kfac": Kind(_kfac, 0.1, whole_layers=True),
+    "newton-cg": Kind(_newton_cg, 1.0),
+    "newton-mr": Kind(_newton_mr, 1.0),
 }

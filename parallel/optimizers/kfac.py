@@ -103,6 +103,11 @@ class KFAC(torch.optim.Optimizer):
         """
         self._recorder.weigh(items, divisor)
 
+    @property
+    def factor_bytes(self) -> int:
+        """At most, of all layers' factors and inverses, which `state_dict` holds whole."""
+        return sum(4 * layer.packed_size * layer.dtype.itemsize for layer in self.layers)
+
     def remove_hooks(self) -> None:
         """Leave the model as it was before; the factors stay as they are."""
         self._recorder.remove()
