@@ -1,52 +1,28 @@
 """python -m benchmarks.large_batch: what curvature does for tuning and for large batches, on ResNet-20 and the digits.
 
-`tuning`: the span of base rates at which each method reaches 98% in 10 epochs at batch 64, over five seeds. `batch`: every
-method as it comes, at 16 times that batch and an eighth of the steps. Runs are kept in
+`tuning`: the span of base rates at which each method reaches 98% in 10 epochs at batch 64. `batch`: every method as it comes,
+at 16 times that batch and an eighth of the steps. `scaling`: steps to a target against the batch. `noise`: the best batch for
+SGD, and the one that the noise scale recommends. `cost`: a step's time over SGD's. Runs are kept in
 benchmarks/results/large_batch_runs.jsonl: what is there is not run again. Prints Markdown and writes it, and a figure, to
 benchmarks/results/large_batch_<section>.
 """
 
 import argparse
-import json
 import math
 import platform
 import statistics
-import time
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from multiprocessing import get_context
-from pathlib import Path
 from typing import Any
 
 import torch
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
-import hessian
+from benchmarks.steps_to_target import cost, noise, scaling
+from benchmarks.training_runs import RESULTS, TRAINING_EXAMPLES, Case, results
 from hessian.files import write_atomically
-from hessian.processes import joined
-from parallel.train_options import Config
-from parallel.trainer import NotFiniteError, Trainer
 
-RESULTS = Path(__file__).parent / "results"
-RUNS = RESULTS / "large_batch_runs.jsonl"
-TASK, SMALL, LARGE, EPOCHS = "digits-resnet20", 64, 1024, 10
+SMALL, LARGE, EPOCHS = 64, 1024, 10
 TARGET = 0.98
-
-
-@dataclass(frozen=True)
-class Case:
-    """One training run; options are those of `parallel.train`."""
-
-    method: str
-    seed: int
-    options: dict[str, Any] = field(default_factory=dict)
-
-    @property
-    def key(self) -> str:
-        """By which its result is found again."""
-        return json.dumps(asdict(self), sort_keys=True)
 
 
 METHODS: dict[str, dict[str, Any]] = {
@@ -61,6 +37,7 @@ RATES = {
     "LAMB": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 0.1),
     "SGD, rates from curvature": (1e-3, 3e-3, 1e-2, 3e-2, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0),
 }
+HALF = {"adversarial_share": 0.5}
 UNTUNED: dict[str, dict[str, Any]] = {
     "SGD": {},
     "SGD, rate times 16": {"base_batch": SMALL},
@@ -68,53 +45,13 @@ UNTUNED: dict[str, dict[str, Any]] = {
     "LARS": {"optimizer": "lars"},
     "LAMB": {"optimizer": "lamb"},
     "K-FAC": {"optimizer": "kfac"},
+    "SGD, LEGW, half adversarial": {"base_batch": SMALL, "batch_scaling": "legw"} | HALF,
+    "LARS, half adversarial": {"optimizer": "lars"} | HALF,
+    "K-FAC, half adversarial": {"optimizer": "kfac"} | HALF,
     "AdaHessian": {"optimizer": "adahessian"},
     "SGD, rates from curvature": {"layer_rates": "curvature", "measure_every": 4},
     "SGD, rates from curvature, base 1": {"layer_rates": "curvature", "measure_every": 4, "learning_rate": 1.0},
 }
-
-
-def trained(case: Case) -> dict[str, Any]:
-    """Accuracy and loss on the evaluation data (0 and NaN after divergence), seconds, and the share spent on curvature."""
-    torch.set_num_threads(1)
-    config = Config(TASK, seed=case.seed, **case.options)
-    config.check()
-    torch.manual_seed(config.seed)
-    with joined() as processes:
-        trainer = Trainer(hessian.load_task(TASK, pretrained=False), config, processes)
-        started = time.perf_counter()
-        metric, loss = 0.0, math.nan
-        try:
-            for _ in trainer.train():
-                pass
-            found = trainer.evaluate()
-            metric, loss = found.metric, found.loss
-        except NotFiniteError:
-            pass
-        seconds = time.perf_counter() - started
-    return asdict(case) | {
-        "metric": metric,
-        "loss": loss if math.isfinite(loss) else None,
-        "steps": trainer.step,
-        "seconds": round(seconds, 2),
-        "curvature_share": round(trainer.control.seconds / seconds, 4),
-    }
-
-
-def results(cases: Sequence[Case], workers: int) -> list[dict[str, Any]]:
-    """Of all cases, in their order; those that are not on file are run, `workers` at a time, and put there."""
-    known = {}
-    if RUNS.exists():
-        for line in RUNS.read_text().splitlines():
-            row = json.loads(line)
-            known[Case(row["method"], row["seed"], row["options"]).key] = row
-    missing = [case for case in cases if case.key not in known]
-    with ProcessPoolExecutor(workers, get_context("spawn")) as pool, RUNS.open("a") as file:
-        for case, row in zip(missing, tqdm(pool.map(trained, missing), total=len(missing), unit="run"), strict=True):
-            known[case.key] = row
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-    return [known[case.key] for case in cases]
 
 
 def longest_span(rates: Sequence[float], reached: Iterable[bool]) -> float:
@@ -165,8 +102,12 @@ def tuning(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
 
 def batch(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
     """Accuracy at 16 times the batch, in an eighth of the steps."""
-    steps = math.ceil(EPOCHS * 1437 / SMALL) // 8
-    small = [Case("SGD, batch 64", seed, {"batch_size": SMALL, "epochs": float(EPOCHS)}) for seed in seeds]
+    steps = math.ceil(EPOCHS * TRAINING_EXAMPLES / SMALL) // 8
+    small = [
+        Case(method, seed, options | {"batch_size": SMALL, "epochs": float(EPOCHS)})
+        for method, options in (("SGD, batch 64", {}), ("SGD, batch 64, half adversarial", HALF))
+        for seed in seeds
+    ]
     cases = [
         Case(method, seed, options | {"batch_size": LARGE, "accumulate": 4, "steps": steps})
         for method, options in UNTUNED.items()
@@ -188,24 +129,31 @@ def batch(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
     axes.invert_yaxis()
     axes.set_xlabel("accuracy")
     axes.spines[["top", "right"]].set_visible(False)
-    lines += ["", f"Batch {LARGE} in passes of {LARGE // 4}; the first row is the small batch. Default rates, no tuning."]
+    lines += [
+        "",
+        f"Batch {LARGE} in passes of {LARGE // 4}; the first two rows are the small batch. Default settings, FGSM.",
+    ]
     return "\n".join(lines), figure
+
+
+SECTIONS = {"tuning": tuning, "batch": batch, "scaling": scaling, "noise": noise, "cost": cost}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=("tuning", "batch"), help="one section (default: both)")
+    parser.add_argument("--only", choices=tuple(SECTIONS), help="one section (default: all)")
     parser.add_argument("--seeds", type=int, default=5, help="number of seeds (default: 5)")
     parser.add_argument("--workers", type=int, default=2, help="runs at a time, of one thread each (default: 2)")
     options = parser.parse_args()
-    for name, section in (("tuning", tuning), ("batch", batch)):
+    for name, section in SECTIONS.items():
         if options.only in (None, name):
             text, figure = section(range(options.seeds), options.workers)
             where = f"torch {torch.__version__}, {platform.machine()}, one thread a run"
             text = f"# {name}: `python -m benchmarks.large_batch --only {name}`\n\n{text}\n\n{where}\n"
             print(text)
             write_atomically(RESULTS / f"large_batch_{name}.md", text)
-            figure.savefig(RESULTS / f"large_batch_{name}.svg")
+            if figure is not None:
+                figure.savefig(RESULTS / f"large_batch_{name}.svg")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,12 @@ from tqdm.auto import tqdm
 
 from hawq.allocate import Table
 from hawq.allocation import Allocation
+from hessian.colours import BLUE, GREEN, ORANGE
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _FEWEST = 3  # two points always rank perfectly, or perfectly wrong
-_COLOURS = ("#0072b2", "#d55e00", "#009e73")  # Okabe and Ito
 _MOST_LABELS = 40
 
 
@@ -122,7 +122,7 @@ def plot(audit: Audit, ax: "Axes | None" = None) -> "Axes":
     present = {title: part for title, part in parts.items() if part is not None}
     positive = [value for part in present.values() for value in (*part.predicted, *part.measured) if value > 0]
     low, high = (min(positive) / 3, max(positive) * 3) if positive else (0.1, 10.0)
-    for (title, part), colour, marker in zip(present.items(), _COLOURS, "os^", strict=False):
+    for (title, part), colour, marker in zip(present.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
         x, y = np.array(part.predicted, dtype=float), np.array(part.measured, dtype=float)
         shown = (x > 0) & (y > 0)
         rank = "" if part.spearman is None else f", rank correlation {part.spearman:.2f}"

@@ -1,10 +1,8 @@
 """The report's pictures, as SVG text."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
@@ -12,8 +10,9 @@ from matplotlib.figure import Figure
 from hawq.affine import signed_range
 from hawq.audit import Audit, Comparison, plot
 from hawq.model import QuantizedModel
+from hessian.colours import BLUE, GREY, ORANGE
+from hessian.drawing import to_inline_svg
 
-_BLUE, _ORANGE, _GREY = "#0072b2", "#d55e00", "#666666"  # told apart by every kind of colour vision (Okabe and Ito)
 _MOST_HISTOGRAMS = 32
 _TITLE = 36  # characters of a name that fit above a histogram
 _AUDITED = ("frontier", "layers", "interaction")
@@ -23,12 +22,12 @@ def bits(layers: Sequence[Mapping[str, Any]]) -> str:
     """The width of every layer, in the order of the computation."""
     figure, axes = _figure(max(9.0, 0.34 * len(layers)), 3.4)
     widths = [row["bits"] for row in layers]
-    bars = axes.bar(range(len(layers)), widths, color=_BLUE)
+    bars = axes.bar(range(len(layers)), widths, color=BLUE)
     axes.bar_label(bars, padding=2, fontsize=8)
     axes.set_ylabel("bits of a weight")
     axes.set_ylim(0, max(widths) + 1)
     _name_layers(axes, layers)
-    return _svg(figure)
+    return to_inline_svg(figure)
 
 
 def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
@@ -43,7 +42,7 @@ def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
         values = np.array([row[field] or 0.0 for row in layers])
         errors = np.array([row[f"{field}_stderr"] or 0.0 for row in layers])
         shown = np.flatnonzero(values > 0)
-        axes.errorbar(shown, values[shown], yerr=errors[shown], fmt="o", color=_BLUE, ecolor=_ORANGE, capsize=3)
+        axes.errorbar(shown, values[shown], yerr=errors[shown], fmt="o", color=BLUE, ecolor=ORANGE, capsize=3)
         if len(shown):
             axes.set_yscale("log")
         axes.set_ylabel(label)
@@ -51,9 +50,9 @@ def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
         axes.spines[["top", "right"]].set_visible(False)
         axes.tick_params(labelbottom=position == 1)
         if position == 0:
-            axes.set_title(note, fontsize=9, color=_GREY, loc="right")
+            axes.set_title(note, fontsize=9, color=GREY, loc="right")
     _name_layers(axes, layers)
-    return _svg(figure)
+    return to_inline_svg(figure)
 
 
 def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
@@ -63,26 +62,26 @@ def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> 
     measured = [point["measured_increase"] for point in points]
     if points and points[0]["predicted_increase"] is not None:
         predicted = [point["predicted_increase"] for point in points]
-        axes.plot(sizes, predicted, "--s", color=_ORANGE, label="predicted from the summed sensitivity")
-    axes.plot(sizes, measured, "-o", color=_BLUE, label="measured on the evaluation data")
+        axes.plot(sizes, predicted, "--s", color=ORANGE, label="predicted from the summed sensitivity")
+    axes.plot(sizes, measured, "-o", color=BLUE, label="measured on the evaluation data")
     beaten = [index for index, point in enumerate(points) if point["dominated"]]
-    axes.plot([sizes[i] for i in beaten], [measured[i] for i in beaten], "o", color=_BLUE, markerfacecolor="white")
+    axes.plot([sizes[i] for i in beaten], [measured[i] for i in beaten], "o", color=BLUE, markerfacecolor="white")
     chosen = report["file_bytes"]["model.safetensors"] / 1e3
     axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
     background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
     for point, size, increase in zip(points, sizes, measured, strict=True):
         label = f"{point['average_bits']:.2g} bits, {point['label']}"
         axes.annotate(
-            label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=_GREY, bbox=background
+            label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=GREY, bbox=background
         )
     axes.set_yscale("symlog", linthresh=1e-3)
-    axes.axhline(0, color=_GREY, linewidth=0.6)
+    axes.axhline(0, color=GREY, linewidth=0.6)
     axes.set_xlabel("model.safetensors (kB)")
     axes.set_ylabel("increase of the loss")
     axes.margins(x=0.12, y=0.12)
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3)
-    return _svg(figure)
+    return to_inline_svg(figure)
 
 
 def audit(comparisons: Mapping[str, Any]) -> str:
@@ -90,7 +89,7 @@ def audit(comparisons: Mapping[str, Any]) -> str:
     figure, axes = _figure(9.0, 5.0)
     parts: dict[str, Any] = {name: None if comparisons[name] is None else Comparison(**comparisons[name]) for name in _AUDITED}
     plot(Audit(**parts), axes)
-    return _svg(figure)
+    return to_inline_svg(figure)
 
 
 def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
@@ -108,8 +107,8 @@ def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
         shift = 0 if lowest is None else layer.spread(lowest) - qmin  # to the same codes in every channel
         scaled = (values[name] / layer.spread(layer.scale) - shift).flatten().numpy()
         edge = float(max(np.abs(scaled).max(), -qmin)) * 1.05
-        axes.hist(scaled, bins=61, range=(-edge, edge), color=_BLUE, histtype="stepfilled")
-        axes.axvspan(qmin - 0.5, qmax + 0.5, color=_ORANGE, alpha=0.15, linewidth=0)
+        axes.hist(scaled, bins=61, range=(-edge, edge), color=BLUE, histtype="stepfilled")
+        axes.axvspan(qmin - 0.5, qmax + 0.5, color=ORANGE, alpha=0.15, linewidth=0)
         outside = float(((scaled < qmin - 0.5) | (scaled > qmax + 0.5)).mean())
         short = name if len(name) <= _TITLE else f"…{name[1 - _TITLE :]}"
         axes.set_title(f"{short}\n{layer.bits} bits, {outside:.1%} clipped", fontsize=7)
@@ -119,7 +118,7 @@ def weights(values: Mapping[str, torch.Tensor], model: QuantizedModel) -> str:
         figure.supxlabel(f"weight / scale (first {len(names)} of {len(layers)} layers)", fontsize=8)
     else:
         figure.supxlabel("weight / scale", fontsize=8)
-    return _svg(figure)
+    return to_inline_svg(figure)
 
 
 def _figure(width: float, height: float) -> tuple[Figure, Any]:
@@ -132,12 +131,3 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 def _name_layers(axes: Any, layers: Sequence[Mapping[str, Any]]) -> None:
     axes.set_xticks(range(len(layers)), [row["name"] for row in layers], rotation=60, ha="right", fontsize=7)
     axes.set_xlim(-0.7, len(layers) - 0.3)
-
-
-def _svg(figure: Figure) -> str:
-    """The figure as an <svg> element with text as text, the same bytes for the same data."""
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hawq", "font.family": "sans-serif"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]

@@ -1,16 +1,15 @@
 """The report for people: report.html, and a table for the terminal."""
 
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from torch import fx
 
 from hawq import figures
 from hawq.graph import get_tensor
 from hawq.model import QuantizedModel
+from hessian.page import render_page
 
 
 def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel) -> str:
@@ -23,12 +22,11 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
         "audit": figures.audit(report["audit"]) if report["audit"] is not None else "",
         "weights": figures.weights(weights, model),
     }
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["digits"] = lambda value, places=4: "" if value is None else f"{value:.{places}g}"
-    environment.globals |= {"metric_change": metric_change, "metric_text": metric_text}
-    template = environment.from_string((files("hawq") / "report.html.jinja").read_text())
-    return template.render(
+    return render_page(
+        "hawq",
+        "report.html.jinja",
+        metric_change=metric_change,
+        metric_text=metric_text,
         report=report,
         pictures=pictures,
         rows=comparison(report),

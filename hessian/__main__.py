@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import hessian
 from hessian import figures, landscape
 from hessian.command_line import reserve_stdout, write_result
+from hessian.drawing import to_inline_svg, to_png
 from hessian.files import write_atomically
 from hessian.objective import batches_of, count_examples, split_batch
 from hessian.processes import Processes, joined, leave
@@ -150,8 +151,8 @@ def draw_figures(findings: Findings) -> dict[str, Figure]:
 def write_outputs(folder: Path, findings: Findings, text: str) -> None:
     """Figures and the page, then report.json (`text`); figures of an earlier run that this one has not are removed."""
     pictures = draw_figures(findings)
-    page = render_html(findings, {name: figures.to_svg(figure) for name, figure in pictures.items()})
-    images = {name: figures.to_png(figure) for name, figure in pictures.items()}
+    page = render_html(findings, {name: to_inline_svg(figure) for name, figure in pictures.items()})
+    images = {name: to_png(figure) for name, figure in pictures.items()}
     (folder / "report.json").unlink(missing_ok=True)
     for name in PICTURES:
         if name in images:

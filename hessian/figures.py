@@ -1,22 +1,20 @@
-"""The pictures of a curvature report, as matplotlib figures, SVG text and PNG bytes."""
+"""The pictures of a curvature report."""
 
-import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from scipy.special import stdtrit
 
+from hessian.colours import BLUE, GREEN, GREY, ORANGE
 from hessian.estimators.eigenpairs import Eigenpairs
 from hessian.estimators.spectrum import Spectrum
 from hessian.estimators.trace import Trace
 from hessian.landscape import Line, Plane
 from hessian.results import LayerReport
 
-_BLUE, _ORANGE, _GREEN, _GREY = "#0072b2", "#d55e00", "#009e73", "#666666"  # told apart by every colour vision (Okabe, Ito)
 _WIDTH = 7.2  # inches
 _TOLERANCE = 1e-3  # of `top_eigenpairs`, relative to the largest eigenvalue
 _LABEL_GAP = 0.035  # of the axis, between labels that can be read
@@ -30,26 +28,26 @@ def spectrum(result: Spectrum, top: Eigenpairs, outliers: Sequence[float], sigma
     height = axes.get_ylim()[1]
     axes.set_ylim(top=60 * height)
     for value in top.values.tolist():
-        colour = _ORANGE if value in outliers else _GREY
+        colour = ORANGE if value in outliers else GREY
         axes.plot([value, value], [axes.get_ylim()[0], height], color=colour, linewidth=0.8, linestyle=":")
     low, high = axes.get_xlim()
     free_from = high
     for number, value in enumerate(outliers, start=1):
         if value <= free_from - _LABEL_GAP * (high - low) or number == 1:
             axes.text(
-                value, 1.3 * height, f"{number}: {value:.3g}", rotation=90, ha="center", va="bottom", fontsize=8, color=_ORANGE
+                value, 1.3 * height, f"{number}: {value:.3g}", rotation=90, ha="center", va="bottom", fontsize=8, color=ORANGE
             )
             free_from = value
     end = result.smallest.value
     if end < free_from - _LABEL_GAP * (high - low):
-        axes.plot([end, end], [axes.get_ylim()[0], height], color=_GREEN, linewidth=1.0)
-        axes.text(end, 1.3 * height, f"{end:.2g}", rotation=90, ha="center", va="bottom", fontsize=8, color=_GREEN)
+        axes.plot([end, end], [axes.get_ylim()[0], height], color=GREEN, linewidth=1.0)
+        axes.text(end, 1.3 * height, f"{end:.2g}", rotation=90, ha="center", va="bottom", fontsize=8, color=GREEN)
     marks = [
         axes.plot([], [], style, color=colour, label=label)[0]
         for style, colour, label in (
-            (":", _ORANGE, "eigenvalue apart from the bulk"),
-            (":", _GREY, "other eigenvalue computed"),
-            ("-", _GREEN, "smallest eigenvalue"),
+            (":", ORANGE, "eigenvalue apart from the bulk"),
+            (":", GREY, "other eigenvalue computed"),
+            ("-", GREEN, "smallest eigenvalue"),
         )
     ]
     axes.legend(handles=marks, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
@@ -67,10 +65,10 @@ def layers(report: LayerReport, shapes: Mapping[str, tuple[int, ...]]) -> Figure
     if not names:
         return None
     rows = [report[name] for name in names]
-    panels = [("trace", [row.trace for row in rows], [1.96 * row.trace_stderr for row in rows], _BLUE)]
+    panels = [("trace", [row.trace for row in rows], [1.96 * row.trace_stderr for row in rows], BLUE)]
     if all(row.top_eigenvalue is not None for row in rows):
         values = [float(row.top_eigenvalue or 0) for row in rows]
-        panels.insert(0, ("largest eigenvalue", values, [float(row.residual or 0) for row in rows], _GREEN))
+        panels.insert(0, ("largest eigenvalue", values, [float(row.residual or 0) for row in rows], GREEN))
     figure = Figure(figsize=(_WIDTH, 1.1 + 0.2 * len(names)), layout="constrained")
     first = None
     for position, (label, numbers, errors, colour) in enumerate(panels):
@@ -110,9 +108,9 @@ def convergence(top: Eigenpairs, probe_traces: Sequence[float], trace: Trace) ->
     scale = float(top.values.abs().max()) or 1.0
     residuals = top.residuals.numpy() / scale
     numbers = np.arange(1, len(residuals) + 1)
-    axes.plot(numbers, residuals, "o", color=_BLUE, markersize=5)
-    axes.vlines(numbers, min(residuals.min(), _TOLERANCE) / 3, residuals, color=_BLUE, linewidth=2)
-    axes.axhline(_TOLERANCE, color=_ORANGE, linestyle="--", label=f"tolerance {_TOLERANCE:g}")
+    axes.plot(numbers, residuals, "o", color=BLUE, markersize=5)
+    axes.vlines(numbers, min(residuals.min(), _TOLERANCE) / 3, residuals, color=BLUE, linewidth=2)
+    axes.axhline(_TOLERANCE, color=ORANGE, linestyle="--", label=f"tolerance {_TOLERANCE:g}")
     axes.set_yscale("log")
     axes.set_ylim(bottom=min(residuals.min(), _TOLERANCE) / 3)
     axes.set_xticks(numbers[:: max(1, len(numbers) // 20)])
@@ -130,16 +128,16 @@ def _running_mean(axes: Any, samples: np.ndarray, trace: Trace) -> None:
     """The mean of the first n samples with its 95% band by Student's t, beside the trace that the report states."""
     counts = np.arange(1, len(samples) + 1)
     means = samples.cumsum() / counts
-    axes.plot(counts, means, "o-", color=_BLUE, markersize=4, label="mean over the density's probes")
+    axes.plot(counts, means, "o-", color=BLUE, markersize=4, label="mean over the density's probes")
     if len(samples) > 1:
         errors = np.array([samples[:count].std(ddof=1) / count**0.5 * stdtrit(count - 1, 0.975) for count in counts[1:]])
         axes.fill_between(
-            counts[1:], means[1:] - errors, means[1:] + errors, color=_BLUE, alpha=0.2, linewidth=0, label="95% band"
+            counts[1:], means[1:] - errors, means[1:] + errors, color=BLUE, alpha=0.2, linewidth=0, label="95% band"
         )
     note = "exact" if trace.stderr == 0 else "95% interval shaded"
-    axes.axhline(trace.value, color=_ORANGE, linestyle="--", label=f"trace in this report ({note})")
+    axes.axhline(trace.value, color=ORANGE, linestyle="--", label=f"trace in this report ({note})")
     if trace.stderr:
-        axes.axhspan(*trace.interval, color=_ORANGE, alpha=0.15, linewidth=0)
+        axes.axhspan(*trace.interval, color=ORANGE, alpha=0.15, linewidth=0)
     seen = np.array([*means, *trace.interval])
     if len(samples) > 2:  # the band of two probes would hide all else
         seen = np.concatenate([seen, means[2:] - errors[1:], means[2:] + errors[1:]])
@@ -185,19 +183,3 @@ def _figure(height: float) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     return figure, axes
-
-
-def to_svg(figure: Figure) -> str:
-    """The figure as an <svg> element with text as text, the same bytes for the same data."""
-    stream = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "hessian", "font.family": "sans-serif"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None, "Creator": None})
-    text = stream.getvalue()
-    return text[text.index("<svg") :]
-
-
-def to_png(figure: Figure) -> bytes:
-    """The figure as a PNG file of 144 dots an inch."""
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png", dpi=144, facecolor="white", metadata={"Software": None})
-    return stream.getvalue()

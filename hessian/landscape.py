@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
+from hessian.colours import BLUE, ORANGE
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.hessian import Hessian
@@ -17,8 +18,6 @@ from hessian.parameters import Selection, select_parameters, unflatten
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-_BLUE, _ORANGE = "#0072b2", "#d55e00"  # told apart by every kind of colour vision (Okabe and Ito)
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,8 +51,8 @@ class Line:
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the loss and its quadratic model; `ax=None` makes a new figure."""
         ax = _new_axes() if ax is None else ax
-        ax.plot(self.offsets.numpy(), self.losses.numpy(), "o-", color=_BLUE, markersize=3, label="loss")
-        ax.plot(self.offsets.numpy(), self.quadratic.numpy(), "--", color=_ORANGE, label="quadratic model")
+        ax.plot(self.offsets.numpy(), self.losses.numpy(), "o-", color=BLUE, markersize=3, label="loss")
+        ax.plot(self.offsets.numpy(), self.quadratic.numpy(), "--", color=ORANGE, label="quadratic model")
         ax.plot([0], [self.loss], "*", color="black", markersize=10, label="the model", zorder=5)
         ax.set(xlabel="distance along the direction", ylabel="loss")
         ax.legend()

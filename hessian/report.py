@@ -3,18 +3,17 @@
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from importlib.resources import files
 from math import isfinite
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import torch
 
 from hessian.estimators.eigenpairs import Eigenpairs
 from hessian.estimators.spectrum import Spectrum
 from hessian.estimators.trace import Trace
 from hessian.landscape import Line, Plane
+from hessian.page import render_page
 from hessian.report_options import Options, Plan
 from hessian.results import LayerReport
 from hessian.verification import Verification
@@ -180,12 +179,8 @@ def _meaning_of_smallest(findings: Findings) -> str:
 
 def render_html(findings: Findings, pictures: Mapping[str, str]) -> str:
     """The report as one self-contained page; `pictures` are <svg> elements by the names of figures."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    environment.filters["count"] = lambda value: f"{value:,}"
-    environment.filters["digits"] = lambda value, places=4: f"{value:.{places}g}"
-    template = environment.from_string((files("hessian") / "report.html.jinja").read_text())
-    report = findings.to_dict()
-    return template.render(report=report, findings=findings, pictures=pictures, rows=headline(findings))
+    values = {"report": findings.to_dict(), "findings": findings, "pictures": pictures, "rows": headline(findings)}
+    return render_page("hessian", "report.html.jinja", **values)
 
 
 def summary(findings: Findings, folder: Path) -> str:

@@ -15,7 +15,7 @@ from torch import distributed
 
 import hessian
 from hessian.command_line import reserve_stdout, write_result
-from hessian.figures import to_png, to_svg
+from hessian.drawing import to_png, to_svg
 from hessian.files import write_atomically
 from hessian.objective import batches_of
 from hessian.task import UnknownTaskError

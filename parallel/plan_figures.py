@@ -5,9 +5,10 @@ from collections.abc import Mapping
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from hessian.colours import BLUE, GREEN, GREY, ORANGE
 from parallel.planner import Plan, Plans
 
-_COLOURS = {"batch": "#0072b2", "model": "#d55e00", "domain": "#009e73"}  # told apart by every colour vision (Okabe, Ito)
+_COLOURS = {"batch": BLUE, "model": ORANGE, "domain": GREEN}
 _HATCHES = {"batch": "", "model": "//", "domain": ".."}
 _WIDTH = 7.2  # inches
 
@@ -16,7 +17,7 @@ def cost_by_ranks(plans: Mapping[int, Plans]) -> Figure:
     """Seconds of communication a step against the number of ranks; hollow where the plan could not run."""
     figure = Figure(figsize=(_WIDTH, 3.8), layout="constrained")
     axes = figure.add_subplot()
-    for label, colour, style in (("best", "#009e73", "-"), ("pure batch", "#0072b2", "--"), ("pure model", "#d55e00", ":")):
+    for label, colour, style in (("best", GREEN, "-"), ("pure batch", BLUE, "--"), ("pure model", ORANGE, ":")):
         points = [(ranks, getattr(found, label.replace(" ", "_"))) for ranks, found in plans.items()]
         axes.plot([ranks for ranks, _ in points], [one.seconds for _, one in points], style, color=colour, label=label)
         for ranks, one in points:
@@ -26,7 +27,7 @@ def cost_by_ranks(plans: Mapping[int, Plans]) -> Figure:
     axes.set_xlabel("ranks")
     axes.set_ylabel("seconds of communication a step")
     axes.set_xticks(list(plans), [f"{ranks:,}" for ranks in plans], rotation=45)
-    axes.plot([], [], "o", color="#666666", markerfacecolor="white", label="cannot run")
+    axes.plot([], [], "o", color=GREY, markerfacecolor="white", label="cannot run")
     axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     axes.grid(alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)

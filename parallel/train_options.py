@@ -67,7 +67,7 @@ class Config:
         "the attack (in training by default fgsm); the trained network is evaluated under it, too",
         choices=ATTACKS,
     )
-    epsilon: float = _option(0.05, "by how much fgsm and pgd change an input", "E")
+    epsilon: float = _option(0.1, "by how much fgsm and pgd change an input, of inputs about as large as 1", "E")
     sharpness_every: int | None = _option(None, "record the Hessian's top eigenvalue and trace after so many steps", "STEPS")
     clip: float | None = _option(None, "largest norm of the gradient; longer ones are shortened to it", "NORM")
     label_smoothing: float = _option(0.0, "of cross-entropy", "S")

@@ -1,19 +1,17 @@
 """A training run as a page with its curves, and as a few lines of text."""
 
 from collections.abc import Mapping, Sequence
-from importlib.resources import files
 from math import nan
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-from hessian.figures import to_svg
-
-_BLUE, _ORANGE, _GREEN = "#0072b2", "#d55e00", "#009e73"  # told apart by every colour vision (Okabe, Ito)
+from hessian.colours import BLUE, GREEN, GREY, ORANGE
+from hessian.drawing import to_inline_svg
+from hessian.page import render_page
 
 
 def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]]) -> Figure:
@@ -27,8 +25,8 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
     figure = Figure(figsize=(7.2, 0.92 * sum(height for _, height in panels)), layout="constrained")
     drawn = figure.subplots(len(panels), 1, sharex=True, height_ratios=[height for _, height in panels])
     axes = dict(zip((name for name, _ in panels), drawn, strict=True))
-    marked = {"color": _ORANGE, "marker": "o", "markersize": 3}
-    _plot(axes["loss"], rows, "loss", color=_BLUE, linewidth=0.8, alpha=0.8, label="training, a step")
+    marked = {"color": ORANGE, "marker": "o", "markersize": 3}
+    _plot(axes["loss"], rows, "loss", color=BLUE, linewidth=0.8, alpha=0.8, label="training, a step")
     _plot(axes["loss"], rows, "evaluation_loss", **marked, label="evaluation")
     if all(row["loss"] > 0 for row in rows):
         axes["loss"].set_yscale("log")
@@ -36,18 +34,18 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
         axes["loss"].yaxis.set_minor_formatter("{x:.3g}" if _narrow(rows) else NullFormatter())
     axes["loss"].legend(fontsize=8, frameon=False)
     _plot(axes["metric"], rows, "evaluation_metric", **marked)
-    _plot(axes["learning rate"], rows, "learning_rate", color=_GREEN)
-    _plot(axes["gradient norm"], rows, "gradient_norm", color=_BLUE, linewidth=0.8)
+    _plot(axes["learning rate"], rows, "learning_rate", color=GREEN)
+    _plot(axes["gradient norm"], rows, "gradient_norm", color=BLUE, linewidth=0.8)
     if "batch size" in axes:
-        _plot(axes["batch size"], rows, "batch_size", color=_GREEN, drawstyle="steps-post")
+        _plot(axes["batch size"], rows, "batch_size", color=GREEN, drawstyle="steps-post")
     if "top eigenvalue" in axes:
-        _plot(axes["top eigenvalue"], rows, "top_eigenvalue", color=_BLUE, marker="o", markersize=3)
+        _plot(axes["top eigenvalue"], rows, "top_eigenvalue", color=BLUE, marker="o", markersize=3)
     for name, one in axes.items():
         one.set_ylabel(name)
         one.grid(alpha=0.3)
         one.spines[["top", "right"]].set_visible(False)
         for rollback in rollbacks:
-            one.axvline(rollback["step"], color="#666666", linestyle=":", linewidth=0.8)
+            one.axvline(rollback["step"], color=GREY, linestyle=":", linewidth=0.8)
     drawn[-1].set_xlabel("step")
     return figure
 
@@ -71,10 +69,8 @@ def _narrow(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def render_html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The run as one self-contained page. rows: of metrics.jsonl."""
-    environment = jinja2.Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
-    template = environment.from_string((files("parallel") / "train_report.html.jinja").read_text())
-    picture = to_svg(curves(rows, report["rollbacks"])) if rows else None
-    return template.render(report=report, picture=picture, facts=facts(report))
+    picture = to_inline_svg(curves(rows, report["rollbacks"])) if rows else None
+    return render_page("parallel", "train_report.html.jinja", report=report, picture=picture, facts=facts(report))
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
