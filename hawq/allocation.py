@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from hessian.files import write_atomically
+from hessian.tables import Table
 
 ACTIVATION = "activation:"  # what the rows of activations begin with
 _FORMAT = "hessianware.allocation"
@@ -21,8 +22,8 @@ class BudgetUse:
     used: float
 
 
-@dataclass(frozen=True)
-class Allocation:
+@dataclass(frozen=True, repr=False)
+class Allocation(Table):
     """Bits by row: layers by name, and activations under "activation:NAME" where each has its own width.
 
     objective: the sum of the table's entries. gap: relative distance to the proven bound (at most 1e-9: optimal; None:
@@ -49,6 +50,12 @@ class Allocation:
         """Bits of the activations that have their own width, by NAME without the prefix."""
         rows = self.bits.items()
         return {name.removeprefix(ACTIVATION): bits for name, bits in rows if name.startswith(ACTIVATION)}
+
+    def header(self) -> list[str]:
+        return ["layer", "bits"]
+
+    def cells(self) -> list[list[str]]:
+        return [[name, str(bits)] for name, bits in self.bits.items()]
 
     def average_bits(self, num_params: Mapping[str, int]) -> float:
         """Bits a weight, over all weights of the allocated layers."""

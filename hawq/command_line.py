@@ -7,6 +7,7 @@ from hawq.options import Options
 from hawq.rounding import ROUNDINGS
 from hawq.sensitivity import METHODS
 from hawq.widths import parse_widths
+from hessian.command_line import add_completion
 
 _WIDTHS = ("2", "3", "4", "5", "6", "7", "8")
 _EXAMPLES = 256  # for curvature and calibration
@@ -76,6 +77,7 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
     )
     add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
     add("--debug", action="store_true", help="show the traceback of an error")
+    add_completion(result, "hawq-quantize")
     return result
 
 

@@ -15,7 +15,7 @@ import traceback
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import safetensors.torch
 import torch
@@ -230,6 +230,11 @@ def _fail(options: Options, processes: Processes, error: BaseException, code: in
     return code
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The program, started by its name or by `python -m`."""
     parsed = parse()
     leave(run(parsed, reserve_stdout()))
+
+
+if __name__ == "__main__":
+    command()

@@ -8,7 +8,7 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, NoReturn, TextIO, TypeVar
 
 import torch
 from matplotlib.figure import Figure
@@ -201,6 +201,11 @@ def _fail(options: Options, error: BaseException, code: int, message: str) -> in
     return code
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The program, started by its name or by `python -m`."""
     parsed = parse()
     leave(run(parsed, reserve_stdout()))
+
+
+if __name__ == "__main__":
+    command()

@@ -11,6 +11,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from hessian.colours import BLUE, ORANGE
+from hessian.drawn import Drawn, new_axes
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.hessian import Hessian
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, eq=False)
-class Line:
+class Line(Drawn):
     """The loss along a unit direction d.
 
     offsets: (n,) float64, distances from the model, 0 in the middle. losses: (n,) float64, at these. slope, curvature: g . d
@@ -50,7 +51,7 @@ class Line:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the loss and its quadratic model; `ax=None` makes a new figure."""
-        ax = _new_axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         ax.plot(self.offsets.numpy(), self.losses.numpy(), "o-", color=BLUE, markersize=3, label="loss")
         ax.plot(self.offsets.numpy(), self.quadratic.numpy(), "--", color=ORANGE, label="quadratic model")
         ax.plot([0], [self.loss], "*", color="black", markersize=10, label="the model", zorder=5)
@@ -60,7 +61,7 @@ class Line:
 
 
 @dataclass(frozen=True, eq=False)
-class Plane:
+class Plane(Drawn):
     """The loss over the plane of two unit directions.
 
     offsets: (n,) float64, distances from the model, 0 in the middle. losses: (n, n) float64, `losses[i, j]` at offsets[i]
@@ -76,7 +77,7 @@ class Plane:
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw contours, the first direction to the right; `ax=None` makes a new figure."""
-        ax = _new_axes() if ax is None else ax
+        ax = new_axes() if ax is None else ax
         across = self.offsets.numpy()
         heights = torch.where(self.losses.isfinite(), self.losses, torch.nan).T.numpy()
         filled = ax.contourf(across, across, heights, levels=16, cmap="viridis")
@@ -85,12 +86,6 @@ class Plane:
         ax.set(xlabel="distance along the first direction", ylabel="distance along the second", aspect="equal")
         ax.figure.colorbar(filled, ax=ax, label="loss")
         return ax
-
-
-def _new_axes() -> "Axes":
-    from matplotlib import pyplot
-
-    return pyplot.subplots()[1]
 
 
 def line(

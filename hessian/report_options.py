@@ -4,6 +4,8 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from hessian.command_line import add_completion
+
 _SECONDS = 100.0  # that the products of a run may take where its options leave a choice
 _PRODUCTS_OF_A_BLOCK = 4  # for a tensor's top eigenvalue, in products with all parameters: some ten, at less than half the cost
 _OTHER_PRODUCTS = 40  # verification, the trace where it is not exact
@@ -177,4 +179,5 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a task that canno
     add("--device", default="cpu", metavar="NAME", help="where to compute, such as cuda (default: %(default)s)")
     add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
     add("--debug", action="store_true", help="show the traceback of an error")
+    add_completion(result, "hessian")
     return result

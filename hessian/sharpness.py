@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from hessian.colours import BLUE
+from hessian.drawn import new_axes
 from hessian.estimators.eigenpairs import top_eigenpairs
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.base import LinearOperator
@@ -92,11 +94,9 @@ class SharpnessTracker(Table):
 
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the sharpness over steps with its residuals; `ax=None` makes a new figure."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots()
+        ax = new_axes() if ax is None else ax
         steps, values = [row.step for row in self.history], [row.value for row in self.history]
-        ax.errorbar(steps, values, yerr=[row.residual for row in self.history], marker="o", markersize=3, capsize=2)
+        residuals = [row.residual for row in self.history]
+        ax.errorbar(steps, values, yerr=residuals, color=BLUE, marker="o", markersize=3, capsize=2)
         ax.set(xlabel="step", ylabel="sharpness (largest eigenvalue)")
         return ax

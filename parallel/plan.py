@@ -9,12 +9,12 @@ import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from torch import distributed
 
 import hessian
-from hessian.command_line import reserve_stdout, write_result
+from hessian.command_line import add_completion, reserve_stdout, write_result
 from hessian.drawing import to_png, to_svg
 from hessian.files import write_atomically
 from hessian.objective import batches_of
@@ -47,20 +47,35 @@ class Options:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """The options, or a usage error."""
-    parser = argparse.ArgumentParser(prog="python -m parallel.plan", description=__doc__)
-    parser.add_argument("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
-    parser.add_argument("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
-    parser.add_argument("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
-    parser.add_argument("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
-    parser.add_argument("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
-    parser.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
-    parser.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
-    parser.add_argument(
+    return Options(**vars(parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option with its unit."""
+    result = argparse.ArgumentParser(
+        prog="python -m parallel.plan",
+        description="The grid of ranks and the layout of every layer that communicate least, by the alpha-beta model.",
+        epilog="""examples:
+  python -m parallel.plan alexnet --world-size 512 --batch-size 2048 --out out/plan
+  python -m parallel.plan my_package.tasks:cifar --world-size 16 --batch-size 1024 --memory 8e9
+  torchrun --nproc-per-node 4 -m parallel.plan resnet50 --world-size 4 --batch-size 256 --measure
+exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a network that cannot be planned""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    result.add_argument("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
+    result.add_argument("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
+    result.add_argument("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
+    result.add_argument("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
+    result.add_argument("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
+    result.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
+    result.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
+    result.add_argument(
         "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return Options(**vars(parser.parse_args(arguments)))
+    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add_completion(result, "parallel-plan")
+    return result
 
 
 def layers_of(task: str) -> list[LayerShape]:
@@ -154,6 +169,11 @@ def run(options: Options, stdout: TextIO) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The program, started by its name or by `python -m`."""
     parsed = parse()
     sys.exit(run(parsed, reserve_stdout()))
+
+
+if __name__ == "__main__":
+    command()

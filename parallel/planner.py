@@ -64,13 +64,34 @@ class Plan(Table):
         }
 
 
-@dataclass(frozen=True)
-class Plans:
+@dataclass(frozen=True, repr=False)
+class Plans(Table):
     """The best plan, and the two that everybody would try: all ranks share the batch, or all share every layer."""
 
     best: Plan
     pure_batch: Plan
     pure_model: Plan
+
+    def header(self) -> list[str]:
+        return ["plan", "model x batch", "milliseconds", "megabytes sent", "megabytes kept", "cannot run"]
+
+    def cells(self) -> list[list[str]]:
+        named = (
+            ("best", self.best),
+            ("all ranks share the batch", self.pure_batch),
+            ("all share every layer", self.pure_model),
+        )
+        return [
+            [
+                name,
+                f"{plan.grid.model} x {plan.grid.batch}",
+                f"{1e3 * plan.seconds:.4g}",
+                f"{plan.bytes / 1e6:.4g}",
+                f"{plan.memory / 1e6:.4g}",
+                "; ".join(plan.obstacles),
+            ]
+            for name, plan in named
+        ]
 
 
 @dataclass(frozen=True)

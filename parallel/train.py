@@ -9,7 +9,7 @@ import time
 import traceback
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 import safetensors.torch
 import torch
@@ -267,6 +267,11 @@ def run(config: Config, stdout: TextIO) -> int:
     return 0
 
 
-if __name__ == "__main__":
+def command() -> NoReturn:
+    """The program, started by its name or by `python -m`."""
     parsed = parse()
     leave(run(parsed, reserve_stdout()))
+
+
+if __name__ == "__main__":
+    command()

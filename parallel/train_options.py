@@ -10,6 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
+from hessian.command_line import add_completion
 from parallel.adversarial import ATTACKS
 from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
@@ -210,6 +211,7 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a task that canno
             text += f" (default: {item.default})"
         metavar, choices = item.metadata["metavar"], item.metadata["choices"]
         result.add_argument(_flag(item.name), type=wanted, metavar=metavar, choices=choices, help=text)
+    add_completion(result, "parallel-train")
     return result
 
 

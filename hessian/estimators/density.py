@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from scipy.special import stdtrit
 
+from hessian.colours import BLUE, ORANGE
+from hessian.drawn import Drawn, new_axes
 from hessian.estimators.quadrature import lanczos_quadrature
 from hessian.operators.base import LinearOperator
 
@@ -44,7 +46,7 @@ class Curve:
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class SpectralDensity:
+class SpectralDensity(Drawn):
     """Gauss rules of the spectral measures of K random probes, which on average are the matrix's density of eigenvalues.
 
     nodes: (K, m) float64, ascending for each probe, in units of eigenvalues; a probe whose Krylov space was exhausted
@@ -149,10 +151,7 @@ class SpectralDensity:
 
     def plot(self, ax: "Axes | None" = None, sigma: float | None = None, scale: Scale = "linear") -> "Axes":
         """Draw the density over a logarithmic axis, with its band; `ax=None` makes a new figure."""
-        if ax is None:
-            from matplotlib import pyplot
-
-            _, ax = pyplot.subplots()
+        ax = new_axes() if ax is None else ax
         curve = self.density(None, sigma, scale)
         values, lower, upper = (part.reshape(-1, len(curve.grid)) for part in (curve.value, curve.lower, curve.upper))
         if scale == "linear":
@@ -167,9 +166,10 @@ class SpectralDensity:
         ax.set_ylim(single / 10, 2 * max(single, float(values.max()), float(upper.nan_to_num(0).max())))
         grid = curve.grid.numpy()
         for row, label in enumerate(labels):
-            (line,) = ax.plot(grid, values[row].numpy(), label=label)
+            colour = (BLUE, ORANGE)[row]
+            ax.plot(grid, values[row].numpy(), color=colour, label=label)
             if len(self.nodes) > 1:
-                ax.fill_between(grid, lower[row].numpy(), upper[row].numpy(), color=line.get_color(), alpha=0.25, linewidth=0)
+                ax.fill_between(grid, lower[row].numpy(), upper[row].numpy(), color=colour, alpha=0.25, linewidth=0)
         if scale == "log":
             ax.legend()
         return ax
