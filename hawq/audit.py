@@ -10,7 +10,8 @@ from tqdm.auto import tqdm
 
 from hawq.allocate import Table
 from hawq.allocation import Allocation
-from hessian.colours import BLUE, GREEN, ORANGE
+from hessian.colours import BLUE, GREEN, GREY, ORANGE
+from hessian.drawn import new_axes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,12 +109,10 @@ def audit(
 def plot(audit: Audit, ax: "Axes | None" = None) -> "Axes":
     """Measured over predicted increases, both logarithmic, with the line where they agree; returns the axes.
 
-    What is not positive has no place on such an axis: it is drawn hollow at the edge, and counted in the legend.
+    What is not positive has no place on such an axis: it is drawn hollow at the edge, and counted in the legend. Names that
+    would cover others are left out.
     """
-    if ax is None:
-        from matplotlib import pyplot
-
-        ax = pyplot.subplots(figsize=(6.0, 5.0), layout="constrained")[1]
+    ax = new_axes() if ax is None else ax
     parts = {
         "allocations": audit.frontier,
         "single layers": audit.layers,
@@ -122,6 +121,7 @@ def plot(audit: Audit, ax: "Axes | None" = None) -> "Axes":
     present = {title: part for title, part in parts.items() if part is not None}
     positive = [value for part in present.values() for value in (*part.predicted, *part.measured) if value > 0]
     low, high = (min(positive) / 3, max(positive) * 3) if positive else (0.1, 10.0)
+    named: list[np.ndarray] = []
     for (title, part), colour, marker in zip(present.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
         x, y = np.array(part.predicted, dtype=float), np.array(part.measured, dtype=float)
         shown = (x > 0) & (y > 0)
@@ -140,8 +140,11 @@ def plot(audit: Audit, ax: "Axes | None" = None) -> "Axes":
             )
         if part.num_points <= _MOST_LABELS:
             for name, across, up in zip(part.labels, np.maximum(x, low), np.maximum(y, low), strict=True):
-                ax.annotate(name, (across, up), textcoords="offset points", xytext=(4, 3), fontsize=6, color="#666666")
-    ax.plot([low, high], [low, high], color="#666666", linewidth=0.8, label="as predicted")
+                place = np.log([across / low, up / low]) / np.log(high / low)  # shares of the axes
+                if all(abs(place[1] - other[1]) > 0.025 or abs(place[0] - other[0]) > 0.2 for other in named):
+                    named.append(place)
+                    ax.annotate(name, (across, up), textcoords="offset points", xytext=(4, 3), fontsize=6, color=GREY)
+    ax.plot([low, high], [low, high], color=GREY, linewidth=0.8, label="as predicted")
     ax.set_xscale("log")
     ax.set_yscale("log")
     ax.set_xlim(low, high)

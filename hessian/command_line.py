@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+from pathlib import Path
 from typing import Any, TextIO
 
 
@@ -34,6 +35,9 @@ class _PrintCompletion(argparse.Action):
         import shtab  # for this option alone
 
         parser.prog = self.command
+        for action in parser._actions:
+            if action.type is Path:
+                action.complete = shtab.DIR if action.metavar == "DIR" else shtab.FILE  # type: ignore[attr-defined]
         print(shtab.complete(parser, values))
         parser.exit()
 

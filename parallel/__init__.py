@@ -8,7 +8,7 @@ from parallel.layer_cost import Grid
 from parallel.layer_shape import LayerShape, describe
 from parallel.layouts.network import LaidOut
 from parallel.noise_scale import NoiseScale, noise_scale
-from parallel.planner import LayerPlan, Plan, Plans, plan
+from parallel.planner import LayerPlan, Plan, Plans, best_plans
 
 __all__ = [
     "AlphaBeta",
@@ -22,10 +22,10 @@ __all__ = [
     "Plans",
     "adversarial",
     "alexnet",
+    "best_plans",
     "curvature",
     "describe",
     "gpt",
     "noise_scale",
-    "plan",
     "resnet50",
 ]

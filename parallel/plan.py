@@ -24,7 +24,7 @@ from parallel.architectures import ARCHITECTURES
 from parallel.communication import AlphaBeta
 from parallel.layer_shape import LayerShape, describe
 from parallel.measure import measure
-from parallel.planner import Plans, plan
+from parallel.planner import Plans, best_plans
 
 ALPHA, BETA = 2e-6, 1 / 6e9  # Gholami et al., SPAA 2018: 2 microseconds, 6 GB/s
 
@@ -136,7 +136,7 @@ def write_outputs(folder: Path, text: str, layers: list[LayerShape], network: Al
     for ranks in sorted({2**power for power in range(options.world_size.bit_length())} | {options.world_size}):
         if 2 <= ranks < options.world_size:
             try:
-                plans[ranks] = plan(layers, ranks, options.batch_size, network, most_memory=options.memory)
+                plans[ranks] = best_plans(layers, ranks, options.batch_size, network, most_memory=options.memory)
             except ValueError:  # this many ranks cannot keep it
                 continue
     plans[options.world_size] = best
@@ -153,7 +153,7 @@ def run(options: Options, stdout: TextIO) -> int:
         if distributed.is_initialized() and distributed.get_rank() > 0:
             return 0
         layers = layers_of(options.task)
-        plans = plan(layers, options.world_size, options.batch_size, network, most_memory=options.memory)
+        plans = best_plans(layers, options.world_size, options.batch_size, network, most_memory=options.memory)
         text = json.dumps(to_dict(options, network, plans), indent=1, allow_nan=False) + "\n"
         if options.out is not None:
             write_outputs(options.out, text, layers, network, options, plans)

@@ -103,7 +103,7 @@ class _Partial:
     layouts: tuple[Layout, ...]
 
 
-def plan(
+def best_plans(
     layers: Sequence[LayerShape], world_size: int, batch_size: int, network: AlphaBeta, *, most_memory: float | None = None
 ) -> Plans:
     """The plans for `world_size` ranks and `batch_size` examples a step.

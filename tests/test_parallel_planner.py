@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import parallel
-from parallel import AlphaBeta, Grid, LayerShape, plan
+from parallel import AlphaBeta, Grid, LayerShape, best_plans
 from parallel.layer_cost import LAYOUTS, memory, obstacle, relayout, traffic
 from parallel.measure import fit
 from parallel.plan import parse, run
@@ -88,34 +88,34 @@ def test_the_best_plan_is_that_of_brute_force(layers, ranks, batch_size, share):
     able = [one for one in every if not one.obstacles]
     if not able:
         with pytest.raises(ValueError, match="no layout runs"):
-            plan(layers, ranks, batch_size, NETWORK)
+            best_plans(layers, ranks, batch_size, NETWORK)
         return
-    found = plan(layers, ranks, batch_size, NETWORK)
+    found = best_plans(layers, ranks, batch_size, NETWORK)
     assert found.best.seconds == pytest.approx(min(one.seconds for one in able), rel=1e-12)
     limit = share * found.best.memory
     fitting = [one.seconds for one in able if one.memory <= limit]
     if fitting:
-        limited = plan(layers, ranks, batch_size, NETWORK, most_memory=limit).best
+        limited = best_plans(layers, ranks, batch_size, NETWORK, most_memory=limit).best
         assert limited.memory <= limit * (1 + 1e-12)
         assert limited.seconds == pytest.approx(min(fitting), rel=1e-12)
     else:
         with pytest.raises(ValueError, match="bytes a rank or more"):
-            plan(layers, ranks, batch_size, NETWORK, most_memory=limit)
+            best_plans(layers, ranks, batch_size, NETWORK, most_memory=limit)
 
 
 def test_integrated_parallelism_pays_for_alexnet():
-    plans = plan(parallel.alexnet(), 512, 2048, NETWORK)
+    plans = best_plans(parallel.alexnet(), 512, 2048, NETWORK)
     assert plans.best.seconds < 0.5 * min(plans.pure_batch.seconds, plans.pure_model.seconds)
     layouts = {layer.name: layer.layout for layer in plans.best.layers}
     assert layouts["conv1"] == "batch"
     assert layouts["fc6"] == layouts["fc7"] == "model"  # most of the weights
     for ranks in (2, 8, 64):
-        some = plan(parallel.alexnet(), ranks, 2048, NETWORK)
+        some = best_plans(parallel.alexnet(), ranks, 2048, NETWORK)
         assert some.best.seconds <= min(some.pure_batch.seconds, some.pure_model.seconds) * (1 + 1e-12)
 
 
 def test_more_ranks_than_examples_divide_images():
-    plans = plan(parallel.resnet50(), 4096, 2048, NETWORK)
+    plans = best_plans(parallel.resnet50(), 4096, 2048, NETWORK)
     assert plans.pure_batch.obstacles == ("a batch of 2048 cannot be divided among 4096",)
     assert not plans.best.obstacles
     assert plans.best.layers[0].layout == "domain"
@@ -165,7 +165,7 @@ def test_bad_input():
         ({"layers": []}, "no layers"),
     ):
         with pytest.raises(ValueError, match=message):
-            plan(**{"layers": [CONV], "world_size": 2, "batch_size": 2, "network": NETWORK} | changes)
+            best_plans(**{"layers": [CONV], "world_size": 2, "batch_size": 2, "network": NETWORK} | changes)
     with pytest.raises(ValueError, match="layer 'x' has rows_in=0"):
         LayerShape("x", 1, 1, 1, rows_in=0)
 
@@ -184,7 +184,7 @@ def test_the_command_line(tmp_path):
     done = command("alexnet", "--world-size", "512", "--batch-size", "2048", "--json", "--out", str(tmp_path))
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    expected = plan(parallel.alexnet(), 512, 2048, NETWORK)
+    expected = best_plans(parallel.alexnet(), 512, 2048, NETWORK)
     for name in ("best", "pure_batch", "pure_model"):
         assert found[name] == json.loads(json.dumps(getattr(expected, name).to_dict()))
         assert set(found[name]["layers"][0]) == {"name", "layout", "seconds", "bytes"}

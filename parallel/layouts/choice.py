@@ -10,7 +10,7 @@ from parallel.communication import AlphaBeta
 from parallel.layer_cost import Grid, Layout, obstacle
 from parallel.layer_shape import LayerShape, describe
 from parallel.layouts.network import divides_channels, divides_rows
-from parallel.planner import plan
+from parallel.planner import best_plans
 
 
 @dataclass(frozen=True)
@@ -87,5 +87,5 @@ def planned(
     model: nn.Module, example: Any, world_size: int, batch_size: int, network: AlphaBeta
 ) -> tuple[Grid, dict[str, Layout]]:
     """The planner's best grid, and its layout of every layer."""
-    best = plan(shapes(model, example), world_size, batch_size, network).best
+    best = best_plans(shapes(model, example), world_size, batch_size, network).best
     return best.grid, {layer.name: layer.layout for layer in best.layers}
