@@ -91,3 +91,9 @@ def hanging():
     return hessian.Task(
         task.model, _Troubled(task.train, lambda: time.sleep(20)), task.evaluation, task.loss, task.metric, "small"
     )
+
+
+def small_in_float32():
+    task = small()
+    sets = [TensorDataset(data.tensors[0].float(), data.tensors[1]) for data in (task.train, task.evaluation)]
+    return hessian.Task(task.model.float(), *sets, task.loss, task.metric, "small <float32>")
