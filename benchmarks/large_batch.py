@@ -124,10 +124,14 @@ def batch(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         each = " ".join(f"{metric:.2%}" for metric in metrics)
         seconds = statistics.median(row["seconds"] for row in found)
         lines.append(f"| {method} | {found[0]['steps']} | {statistics.mean(metrics):.2%} ({each}) | {seconds:.0f} |")
-        axes.plot(metrics, [position] * len(metrics), "o", color="#0072b2", markersize=4)
+        errors = [max(100 * (1 - metric), 0.1) for metric in metrics]
+        axes.plot(errors, [position] * len(metrics), "o", color="#0072b2", markersize=4, alpha=0.6)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
-    axes.set_xlabel("accuracy")
+    axes.set_xscale("log")
+    axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.set_xlabel("% of the evaluation data that are wrong, each seed")
+    axes.grid(axis="x", alpha=0.3)
     axes.spines[["top", "right"]].set_visible(False)
     lines += [
         "",

@@ -25,7 +25,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "LARS": {"optimizer": "lars"},
     "LAMB": {"optimizer": "lamb"},
     "K-FAC": {"optimizer": "kfac"},
-    "AdaHessian": {"optimizer": "adahessian"},
+    "AdaHessian": {"optimizer": "adahessian", "curvature_passes": 1},
     "rates from curvature": {"layer_rates": "curvature"},
     "ABSA": {"adaptive_batch": "absa", "adversarial_share": 0.5, "largest_batch": 1024, "base_batch": 64},
 }
@@ -68,7 +68,7 @@ def scaling(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         f"Steps to an accuracy of {TARGET:.0%}: median (range) of {len(seeds)} seeds, by evaluation four times an epoch "
         f"or after each step; failures are runs that did not get there in {MOST_EPOCHS} epochs and at least {LEAST_STEPS} "
         "steps, or diverged. Default rates, constant behind a warm-up over 5% of the longest run. ABSA grows from the batch "
-        "that is given; the figure has its mean batch.",
+        "that is given; the figure has its mean batch. AdaHessian takes its curvature of the first 256 examples of a batch.",
     ]
     return "\n".join(lines), figure
 
@@ -98,6 +98,7 @@ def _finish(axes: Axes, ylabel: str) -> None:
     axes.set_yscale("log")
     axes.xaxis.set_major_formatter("{x:.0f}")
     axes.yaxis.set_major_formatter("{x:.0f}")
+    axes.yaxis.set_minor_formatter("{x:.0f}")
     axes.set_xlabel("batch size")
     axes.set_ylabel(ylabel)
     axes.grid(alpha=0.3)
