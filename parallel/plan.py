@@ -47,20 +47,29 @@ class Options:
 
 def parse(arguments: Sequence[str] | None = None) -> Options:
     """The options, or a usage error."""
-    parser = argparse.ArgumentParser(prog="python -m parallel.plan", description=__doc__)
-    parser.add_argument("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
-    parser.add_argument("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
-    parser.add_argument("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
-    parser.add_argument("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
-    parser.add_argument("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
-    parser.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
-    parser.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
-    parser.add_argument(
+    return Options(**vars(parser().parse_args(arguments)))
+
+
+def parser() -> argparse.ArgumentParser:
+    """Every option with its unit."""
+    result = argparse.ArgumentParser(
+        prog="python -m parallel.plan",
+        description="The cheapest layout of every layer, and of the ranks, for a step of training, by the alpha-beta model.",
+    )
+    add = result.add_argument
+    add("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
+    add("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
+    add("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
+    add("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
+    add("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
+    add("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
+    add("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
+    add(
         "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
-    return Options(**vars(parser.parse_args(arguments)))
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--debug", action="store_true", help="show the traceback of an error")
+    return result
 
 
 def layers_of(task: str) -> list[LayerShape]:
