@@ -18,7 +18,8 @@ import parallel
 from parallel import AlphaBeta, Grid, LayerShape, plan
 from parallel.layer_cost import LAYOUTS, memory, obstacle, relayout, traffic
 from parallel.measure import fit
-from parallel.plan import parse, run
+from parallel.plan_command import run
+from parallel.plan_options import parse
 from parallel.planner import assignment
 
 NETWORK = AlphaBeta(2e-6, 1 / 6e9)

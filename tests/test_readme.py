@@ -1,16 +1,15 @@
 """The README's code runs, and its benchmark table is the committed one."""
 
 import json
-import re
 from pathlib import Path
 
 import pytest
 
 from hawq.quantize import main
+from tests.code_blocks import ROOT, blocks, check_command, command_lines
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-OWN_TASK, FROM_PYTHON, CURVATURE = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+README = ROOT / "README.md"
+OWN_TASK, FROM_PYTHON, CURVATURE = blocks(README, "python")
 
 
 def test_the_readers_own_task(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -47,4 +46,12 @@ def test_the_curvature_example(resnet20):
 
 def test_the_table_is_the_benchmarks():
     table = (ROOT / "benchmarks" / "results" / "three_bits.md").read_text().split("\n\n")[0]
-    assert table in README
+    assert table in README.read_text()
+
+
+def test_the_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    commands = list(command_lines(README))
+    assert commands
+    for words in commands:
+        check_command(words, monkeypatch)

@@ -27,8 +27,9 @@ def public_names() -> dict[str, str]:
     return found
 
 
-def escape(app: Sphinx, what: str, name: str, obj: object, options: object, lines: list[str]) -> None:
-    """|x| is a norm, not a substitution, and x* or x_ no markup: outside of formulas and literals."""
+def escape(*arguments: Any) -> None:
+    """For `autodoc-process-docstring`: |x| is a norm, not a substitution, outside of formulas and literals."""
+    lines: list[str] = arguments[-1]
     formula = None  # indentation of the formula that a line is in
     verbatim = False
     for position, line in enumerate(lines):
