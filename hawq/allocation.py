@@ -53,6 +53,7 @@ class Allocation:
     def average_bits(self, num_params: Mapping[str, int]) -> float:
         """Bits a weight, over all weights of the allocated layers.
 
+        >>> from hawq import Allocation
         >>> Allocation({"first": 8, "second": 2}).average_bits({"first": 100, "second": 300})
         3.5
         """

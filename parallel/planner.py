@@ -95,7 +95,7 @@ def plan(
 
     Raises ValueError where no plan can run, saying what is in the way.
 
-    >>> from parallel import AlphaBeta, alexnet
+    >>> from parallel import AlphaBeta, alexnet, plan
     >>> best = plan(alexnet(), world_size=512, batch_size=2048, network=AlphaBeta(2e-6, 1 / 6e9)).best
     >>> best.grid, [layer.layout for layer in best.layers[-3:]]
     (Grid(model=32, batch=16), ['model', 'model', 'model'])

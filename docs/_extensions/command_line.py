@@ -2,6 +2,7 @@
 
 import argparse
 import importlib
+from functools import partial
 from typing import Any, ClassVar
 
 from docutils import nodes
@@ -19,6 +20,7 @@ class CommandLine(SphinxDirective):
         module, function = self.arguments[0].split(":")
         self.env.note_dependency(importlib.import_module(module).__file__)
         parser = getattr(importlib.import_module(module), function)()
+        parser.formatter_class = partial(parser.formatter_class, width=96)  # whatever the terminal's is
         usage = parser.format_usage().removeprefix("usage: ")
         result: list[nodes.Node] = [
             nodes.paragraph("", parser.description or ""),

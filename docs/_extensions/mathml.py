@@ -11,6 +11,8 @@ from sphinx.util import logging
 
 logger = logging.getLogger(__name__)
 
+_STYLES = {"double-struck": 0x1D538, "script": 0x1D49C}  # where Unicode has their capital A: browsers know no such style
+_STYLED = re.compile(rf'(?<=<mi) mathvariant="({"|".join(_STYLES)})">([A-Z])')
 _LARGE_ANGLE = re.compile(r"\\[bB]igg?[lr]?(\\[lr]angle)")  # which the converter knows in one size
 
 
@@ -22,6 +24,7 @@ def to_mathml(latex: str, node: nodes.Node, display: str) -> str:
     except Exception as error:  # the converter has many kinds
         mathml = f"<code>{error}</code>"
         logger.warning("no formula: %s in %s", error, latex, location=node)
+    mathml = _STYLED.sub(lambda found: ">" + chr(_STYLES[found[1]] + ord(found[2]) - ord("A")), mathml)
     if "\\" in mathml:
         logger.warning("an unknown command in the formula %s", latex, location=node)
     return mathml
