@@ -10,6 +10,7 @@ from urllib.parse import unquote, urlsplit
 
 import matplotlib as mpl
 import pytest
+import torch
 from torch import distributed
 
 from tests.code_blocks import ROOT, blocks, check_command, command_lines, execute, fences
@@ -32,10 +33,13 @@ def named(pages: list[Path]) -> list:
 
 
 @pytest.fixture(autouse=True)
-def figures_in_files():
+def undisturbed():
+    """Figures are drawn into files, and the global random state is left as it was."""
     backend = mpl.get_backend()
     mpl.use("agg")
-    yield
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        yield
     mpl.use(backend)
 
 
