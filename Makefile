@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test nightly lint types benchmarks clean
+.PHONY: demo test nightly lint types docs linkcheck benchmarks clean
 
 demo: $(VENV)/installed-onnx
 	$(BIN)/python -m hawq.quantize digits-resnet20 --avg-bits 4 --activations 8 --out out/digits-resnet20 --force
@@ -22,6 +22,12 @@ lint: $(VENV)/installed-test
 types: $(VENV)/installed-test
 	$(BIN)/mypy
 
+docs: $(VENV)/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n docs docs/_build/html
+
+linkcheck: $(VENV)/installed-docs
+	OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -W --keep-going -n -b linkcheck docs docs/_build/linkcheck
+
 benchmarks: $(VENV)/installed-bench
 	$(BIN)/python -m benchmarks.three_bits
 	$(BIN)/python -m benchmarks.engine
@@ -36,4 +42,4 @@ $(VENV)/installed-%: pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) out .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf $(VENV) out docs/_build .mypy_cache .pytest_cache .ruff_cache .hypothesis .import_linter_cache

@@ -28,7 +28,11 @@ def per_channel(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def quantize(x: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | int, qmin: Any, qmax: Any) -> torch.Tensor:
-    """Codes q of `x`, as whole numbers in x's dtype; qmin and qmax are numbers, or tensors that broadcast to x."""
+    """Codes q of `x`, as whole numbers in x's dtype; qmin and qmax are numbers, or tensors that broadcast to x.
+
+    >>> quantize(torch.tensor([-1.0, 0.26, 9.0]), torch.tensor(0.5), 0, *signed_range(3))
+    tensor([-2.,  1.,  3.])
+    """
     return (torch.round(x / scale) + zero_point).clamp(qmin, qmax)
 
 

@@ -51,6 +51,13 @@ def allocate(table: Table, budgets: Sequence[Budget] = (), ties: Iterable[Sequen
 
     Raises ValueError if the table, the budgets and the ties do not fit each other, and if no widths keep the budgets,
     saying which budget is missed by how much.
+
+    >>> import hawq
+    >>> table = {"first": {2: 9.0, 8: 0.0}, "second": {2: 1.0, 8: 0.0}}
+    >>> costs = {layer: {bits: bits * 100 for bits in row} for layer, row in table.items()}
+    >>> allocation = hawq.allocate(table, [hawq.Budget("bits", costs, limit=1000)])
+    >>> allocation.bits, allocation.objective, allocation.gap < 1e-9  # proven optimal
+    ({'first': 8, 'second': 2}, 1.0, True)
     """
     for budget in budgets:
         _check(table, budget)
@@ -64,7 +71,7 @@ def allocate(table: Table, budgets: Sequence[Budget] = (), ties: Iterable[Sequen
     return Allocation(
         ordered,
         objective=float(sum(table[name][width] for name, width in ordered.items())),
-        gap=gap,
+        gap=float(gap),
         budgets={budget.name: BudgetUse(float(budget.limit), budget.used(ordered)) for budget in budgets},
     )
 

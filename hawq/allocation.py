@@ -58,7 +58,12 @@ class Allocation(Table):
         return [[name, str(bits)] for name, bits in self.bits.items()]
 
     def average_bits(self, num_params: Mapping[str, int]) -> float:
-        """Bits a weight, over all weights of the allocated layers."""
+        """Bits a weight, over all weights of the allocated layers.
+
+        >>> from hawq import Allocation
+        >>> Allocation({"first": 8, "second": 2}).average_bits({"first": 100, "second": 300})
+        3.5
+        """
         layers = self.layers
         return sum(bits * num_params[name] for name, bits in layers.items()) / sum(num_params[name] for name in layers)
 

@@ -20,6 +20,12 @@ def pack(codes: torch.Tensor, bits: int, lowest: torch.Tensor | None = None) -> 
 
     lowest: the lowest code, a tensor that broadcasts to the codes; by default -2^(bits-1). Raises ValueError for a width
     outside 1 to 8 and for codes that are not among the 2^bits from the lowest on.
+
+    >>> planes = pack(torch.tensor([-2, -1, 0, 1], dtype=torch.int8), bits=2)
+    >>> planes.flatten().tolist()  # codes 0, 1, 2, 3: their low bits 0101 and high bits 0011, the first in the lowest
+    [10, 12]
+    >>> unpack(planes, 2, (4,)).tolist()
+    [-2, -1, 0, 1]
     """
     unsigned = codes.to("cpu", torch.int16) - _lowest(bits, lowest)
     if unsigned.numel() and (int(unsigned.min()) < 0 or int(unsigned.max()) >= 2**bits):

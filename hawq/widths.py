@@ -13,6 +13,10 @@ def allowed_widths(table: Table, widths: Mapping[str, Sequence[int]]) -> Table:
 
     Only globs that begin with "activation:" reach the rows of activations. A `SensitivityTable` stays one.
     Raises ValueError for a glob that matches no row and for widths that a matched row does not have.
+
+    >>> import hawq
+    >>> hawq.allowed_widths({"stem": {2: 5.0, 8: 0.0}, "head": {2: 3.0, 8: 0.0}}, {"head": (8,)})
+    {'stem': {2: 5.0, 8: 0.0}, 'head': {8: 0.0}}
     """
     allowed = {name: tuple(row) for name, row in table.items()}
     for glob, bits in widths.items():
@@ -37,7 +41,11 @@ def allowed_widths(table: Table, widths: Mapping[str, Sequence[int]]) -> Table:
 
 
 def parse_widths(entries: Iterable[str]) -> dict[str, tuple[int, ...]]:
-    """The globs and widths of `GLOB=BITS[,BITS...]` entries, such as "features.0.*=8" and "head=4,8"; ValueError for others."""
+    """The globs and widths of `GLOB=BITS[,BITS...]` entries, such as "features.0.*=8" and "head=4,8"; ValueError for others.
+
+    >>> parse_widths(["features.0.*=8", "head=4,8"])
+    {'features.0.*': (8,), 'head': (4, 8)}
+    """
     widths: dict[str, tuple[int, ...]] = {}
     for entry in entries:
         glob, equals, listed = entry.rpartition("=")

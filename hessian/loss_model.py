@@ -72,6 +72,13 @@ def predict_increase(
 
     from one gradient and one Hessian-vector product. `delta`: (P,), in `named_parameters` order over the selected parameters,
     or tensors by parameter name, which then are the selected ones. ValueError where they do not fit.
+
+    >>> import torch, hessian
+    >>> model, batch = torch.nn.Linear(1, 1, bias=False), (torch.ones(1, 1), torch.zeros(1, 1))
+    >>> _ = torch.nn.init.ones_(model.weight)
+    >>> increase = hessian.predict_increase(model, torch.nn.MSELoss(), batch, torch.tensor([0.5]))  # of w^2, from 1 to 1.5
+    >>> increase.first_order, increase.second_order, increase.total
+    (1.0, 0.25, 1.25)
     """
     if delta is None:
         raise TypeError("delta is needed: the change of the parameters, (P,) or tensors by name")

@@ -84,7 +84,7 @@ def check_kind(kind: str) -> None:
 def output_curvature_factors(
     leaf: torch.Tensor, loss: torch.Tensor, outputs: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Scaled eigenvectors of the loss's output Hessian, example by example: (C, *outputs.shape), and signs (C, N).
+    r"""Scaled eigenvectors of the loss's output Hessian, example by example: (C, \*outputs.shape), and signs (C, N).
 
     OutputCurvatureError where the second derivatives are not finite, or couple examples.
     """

@@ -65,6 +65,10 @@ def verify(A: LinearOperator, *, generator: torch.Generator | None = None) -> Ve
     `determinism` names dropout, data that change between passes and batch norm in training mode where it can find them;
     `finite differences` (Hessian only) compares products with differences of gradients; `batch invariance` compares the loss
     and the gradient of the data with those of the same data cut into smaller batches. About eight products.
+
+    >>> import torch, hessian
+    >>> hessian.verify(hessian.Dense(torch.eye(3))).ok
+    True
     """
     space = A.space
     vectors = space.random(2, "normal", generator)

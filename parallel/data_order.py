@@ -38,7 +38,11 @@ class DataOrder:
 
 
 def share(start: int, stop: int, rank: int, ranks: int) -> tuple[int, int]:
-    """The part of positions `start` to `stop` that is this rank's: parts follow each other and differ by one at most."""
+    """The part of positions `start` to `stop` that is this rank's: parts follow each other and differ by one at most.
+
+    >>> [share(0, 7, rank, 3) for rank in range(3)]
+    [(0, 2), (2, 4), (4, 7)]
+    """
     count = stop - start
     return start + count * rank // ranks, start + count * (rank + 1) // ranks
 

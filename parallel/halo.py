@@ -72,7 +72,11 @@ def row_exchange(
 
 
 def partition(rows: int, ranks: int) -> tuple[Range, ...]:
-    """`rows` divided as evenly as they can be, the first ranks having one more."""
+    """`rows` divided as evenly as they can be, the first ranks having one more.
+
+    >>> partition(7, 3)
+    ((0, 3), (3, 5), (5, 7))
+    """
     share, rest = divmod(rows, ranks)
     borders = [rank * share + min(rank, rest) for rank in range(ranks + 1)]
     return tuple(pairwise(borders))

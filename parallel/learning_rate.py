@@ -61,7 +61,12 @@ def reported_rates(report: LayerReport, parameters: Mapping[str, torch.Tensor], 
 
 
 def stability_threshold(optimizer: torch.optim.Optimizer) -> float:
-    """The rate times the largest eigenvalue at which steps become unstable; ValueError for an optimizer without a known one."""
+    """The rate times the largest eigenvalue at which steps become unstable; ValueError for an optimizer without a known one.
+
+    >>> weight = torch.nn.Parameter(torch.zeros(1))
+    >>> stability_threshold(torch.optim.SGD([weight], lr=0.1, momentum=0.9))
+    3.8
+    """
     defaults = optimizer.defaults
     if isinstance(optimizer, torch.optim.SGD):
         return 2 * (1 + float(defaults["momentum"]))
@@ -189,6 +194,9 @@ def scaled_rate(rate: float, batch_size: int, base_batch: int | None, rule: str)
 
     rule: "linear", times the ratio of the two (Goyal et al. 2017); "sqrt", times its square root; "legw", as that, with a
     longer warm-up (You et al. 2019; see `scaled_warmup`); "none", as it is.
+
+    >>> scaled_rate(0.1, 256, base_batch=64, rule="linear"), scaled_rate(0.1, 256, base_batch=64, rule="sqrt")
+    (0.4, 0.2)
     """
     if base_batch is None or rule == "none":
         return rate

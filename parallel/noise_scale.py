@@ -22,7 +22,7 @@ from hessian.tables import Table
 from parallel import curvature
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class NoiseScale(Table):
     """Both noise scales, in items (examples, or what the loss averages over); standard errors by the jackknife over chunks.
 

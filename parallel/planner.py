@@ -115,6 +115,11 @@ def best_plans(
     both seconds and bytes.
 
     Raises ValueError where no plan can run, saying what is in the way.
+
+    >>> from parallel import AlphaBeta, alexnet, best_plans
+    >>> best = best_plans(alexnet(), world_size=512, batch_size=2048, network=AlphaBeta(2e-6, 1 / 6e9)).best
+    >>> best.grid, [layer.layout for layer in best.layers[-3:]]
+    (Grid(model=32, batch=16), ['model', 'model', 'model'])
     """
     for name, value in (("world_size", world_size), ("batch_size", batch_size)):
         if value < 1:

@@ -1,18 +1,15 @@
 """The README's code runs, its commands are understood, and its tables are the committed ones."""
 
 import re
-import shlex
 from pathlib import Path
 
 import pytest
 
-from tests.test_doctor import PARSERS
+from tests.code_blocks import ROOT, blocks, check_command, command_lines
 
-ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text()
-(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-COMMANDS = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-MODULES = {"hessian": "hessian", "hawq.quantize": "hawq-quantize", "parallel.train": "parallel-train"}
+PAGE = ROOT / "README.md"
+README = PAGE.read_text()
+(EXAMPLE,) = blocks(PAGE, "python")
 RESULTS = {  # what the table of peers says, and in which file it is
     "0.0001": ("quantizer_peers.md", "| hessianware | 4 | 8 | average | 99.17% | 0.00014 |"),
     "Brevitas GPTQ 0.0047": ("quantizer_peers.md", "| Brevitas, GPTQ | 4 | 8 |  | 99.17% | 0.00468 |"),
@@ -48,17 +45,12 @@ def test_the_python_example(resnet20, tmp_path: Path, monkeypatch: pytest.Monkey
     assert float((names["small"](images).argmax(1) == targets).double().mean()) > 0.98
 
 
-@pytest.mark.parametrize("line", [line for line in COMMANDS if "python" in line or "torchrun" in line])
-def test_commands_are_understood(line):
-    words = shlex.split(line, comments=True)
-    start = words.index("-m") + 1
-    PARSERS[MODULES[words[start]]]().parse_args(words[start + 1 :])
-
-
-def test_make_knows_its_targets():
-    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
-    assert {words.split()[1] for words in COMMANDS if words.startswith("make ")} <= targets
-    assert "docs" in targets
+def test_commands_are_understood(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    commands = list(command_lines(PAGE))
+    assert len(commands) >= 6
+    for words in commands:
+        check_command(words, monkeypatch)
 
 
 @pytest.mark.parametrize("claim", RESULTS)

@@ -26,7 +26,11 @@ class Dyadic:
 
 
 def shift_right(x: torch.Tensor, shift: torch.Tensor) -> torch.Tensor:
-    """round(x / 2^shift), ties to even, for int64 tensors with |x| <= 2^62 and shift 0 to 62."""
+    """round(x / 2^shift), ties to even, for int64 tensors with |x| <= 2^62 and shift 0 to 62.
+
+    >>> shift_right(torch.tensor([5, 6, 7, 10]), torch.tensor(2)).tolist()  # 1.25, 1.5, 1.75, 2.5
+    [1, 2, 2, 2]
+    """
     half = (torch.ones_like(shift) << shift) >> 1
     up = (x + half) >> shift
     tie = ((up << shift) - x == half) & (half > 0)
@@ -39,6 +43,10 @@ def dyadic(ratio: torch.Tensor, bits: int = MAX_BITS, room: torch.Tensor | int =
     |m / 2^c - r| <= 2^-bits |r| as long as that takes c <= `room`; below it |m / 2^c - r| <= 2^-(room + 1).
 
     Raises ValueError for ratios that are not finite, or so large that no shift to the right is left.
+
+    >>> number = dyadic(torch.tensor(0.75, dtype=torch.float64), bits=8)
+    >>> int(number.multiplier) / 2 ** int(number.shift)
+    0.75
     """
     ratio = ratio.double()
     if not bool(torch.isfinite(ratio).all()):

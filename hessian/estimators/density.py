@@ -215,6 +215,11 @@ def spectral_density(
     symmetric. Source: L. Lin, Y. Saad and C. Yang, Approximating spectral densities of large matrices, 2016; S. Ubaru,
     J. Chen and Y. Saad 2017; for neural networks B. Ghorbani, S. Krishnan and Y. Xiao, An investigation into neural net
     optimization via Hessian eigenvalue density, 2019.
+
+    >>> import torch, hessian
+    >>> density = hessian.spectral_density(hessian.Dense(torch.diag(torch.tensor([1.0, 3.0]).double())), num_steps=2)
+    >>> density.nodes, density.weights  # of two eigenvalues, each is a half
+    (tensor([[1., 3.]], dtype=torch.float64), tensor([[0.5000, 0.5000]], dtype=torch.float64))
     """
     rules = lanczos_quadrature(
         A, num_probes, num_steps, generator=generator, reorthogonalize=reorthogonalize, progress=progress

@@ -91,6 +91,10 @@ def diagonal(
 
     Raises ValueError for an unknown method, a tolerance that is negative or NaN, too small a budget, an exact diagonal that
     is not to be had, and products that are not finite. TypeError for what is no operator.
+
+    >>> import torch, hessian
+    >>> hessian.diagonal(hessian.Dense(torch.tensor([[2.0, 1.0], [1.0, 3.0]]))).value
+    tensor([2., 3.])
     """
     check_request(A, rtol, method, get_args(DiagonalMethod))
     reason = ""

@@ -100,6 +100,12 @@ def top_eigenpairs(
 
     Raises ValueError for k outside 1..P, for an operator that is not symmetric and for curvature that is not finite.
     Sources: Wu & Simon (2000), "Thick-restart Lanczos method"; Golub & Underwood (1977) for blocks.
+
+    >>> import torch, hessian
+    >>> A = hessian.Dense(torch.diag(torch.tensor([5.0, 1.0, -4.0]).double()))
+    >>> pairs = hessian.top_eigenpairs(A, 2, "both")
+    >>> [round(value, 6) for value in pairs.values.tolist()], bool(pairs.converged.all())
+    ([5.0, -4.0], True)
     """
     _check(A, k, which, tol)
     vectors = None if start is None else _starting_rows(A, start)

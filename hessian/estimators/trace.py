@@ -103,6 +103,10 @@ def trace(
 
     Raises ValueError for an unknown method, a tolerance that is negative or NaN, too small a budget, an exact trace that is
     not to be had, and products that are not finite. TypeError for what is no operator.
+
+    >>> import torch, hessian
+    >>> hessian.trace(hessian.Dense(torch.diag(torch.tensor([5.0, 1.0, -4.0]))))
+    Trace(value=2.0, stderr=0.0, num_matvecs=3, method='exact', converged=True)
     """
     check_request(A, rtol, method, get_args(TraceMethod))
     reason = ""

@@ -132,7 +132,13 @@ class Combination(LinearOperator):
 
 
 class Dense(LinearOperator):
-    """A symmetric matrix that is already at hand, (P, P), as an operator."""
+    """A symmetric matrix that is already at hand, (P, P), as an operator.
+
+    >>> import torch, hessian
+    >>> A = 2 * hessian.Dense(torch.diag(torch.tensor([1.0, 2.0]))) - hessian.Dense(torch.eye(2))
+    >>> A @ torch.ones(2)
+    tensor([1., 3.])
+    """
 
     def __init__(self, matrix: torch.Tensor) -> None:
         if matrix.dim() != 2 or matrix.shape[0] != matrix.shape[1] or not matrix.is_floating_point():

@@ -43,7 +43,14 @@ class BlockDiagonal(LinearOperator):
 
 
 def submatrix(operator: CurvatureOperator, rows: Selection, columns: Selection) -> Submatrix:
-    """The derivatives between two groups of parameters, chosen by names or globs: (rows, columns), one product a column."""
+    """The derivatives between two groups of parameters, chosen by names or globs: (rows, columns), one product a column.
+
+    >>> import torch, hessian
+    >>> model, batch = torch.nn.Linear(2, 1), (torch.eye(2), torch.zeros(2, 1))
+    >>> H = hessian.Hessian(model, torch.nn.MSELoss(), batch)
+    >>> (hessian.submatrix(H, "weight", "bias") @ torch.ones(1)).flatten()
+    tensor([1., 1.])
+    """
     chosen = [positions(operator.parameters, _names(operator, selection)) for selection in (rows, columns)]
     return Submatrix(operator, *(place.to(operator.device) for place in chosen))
 
@@ -52,6 +59,13 @@ def block_diagonal(operator: CurvatureOperator, groups: Sequence[Selection] | No
     """The operator without what couples `groups` of parameters (globs), by default every tensor on its own.
 
     A product costs one product for each group. ValueError if a parameter is in two groups; those in none have zeros.
+
+    >>> import torch, hessian
+    >>> model, batch = torch.nn.Linear(1, 1), (torch.ones(1, 1), torch.zeros(1, 1))
+    >>> H = hessian.Hessian(model, torch.nn.MSELoss(), batch)  # all entries are 2
+    >>> hessian.block_diagonal(H).to_dense()
+    tensor([[2., 0.],
+            [0., 2.]])
     """
     chosen = [_names(operator, group) for group in (list(operator.parameters) if groups is None else groups)]
     seen: set[str] = set()

@@ -83,6 +83,11 @@ class GaussNewton(OuterProductOperator):
 
     ValueError for a loss that reaches parameters other than through the outputs, or that the model computes itself: a
     Gauss-Newton matrix needs the loss as a function of the outputs.
+
+    >>> import torch, hessian
+    >>> model, batch = torch.nn.Linear(2, 1, bias=False), (torch.eye(2), torch.zeros(2, 1))
+    >>> hessian.GaussNewton(model, torch.nn.MSELoss(), batch).exact_trace()
+    2.0
     """
 
     def exact_trace(self) -> float:

@@ -21,6 +21,12 @@ class Hessian(CurvatureOperator):
 
     (Pearlmutter, 1994). `model` may be an Objective; loss and data are then None. See Objective for `data` and its
     weighting, `hessian.parameters` for `params`.
+
+    >>> import torch, hessian
+    >>> model, batch = torch.nn.Linear(2, 1, bias=False), (torch.eye(2), torch.zeros(2, 1))
+    >>> hessian.Hessian(model, torch.nn.MSELoss(), batch).to_dense()  # of (w_1^2 + w_2^2) / 2
+    tensor([[1., 0.],
+            [0., 1.]])
     """
 
     def difference_product(self, vector: torch.Tensor) -> torch.Tensor:

@@ -59,6 +59,11 @@ def inverse(
 
     Needs A + damping I positive definite, and says so where a direction shows that it is not. `max_iterations`: by
     default 10 P, at most 10,000. ValueError if that does not suffice.
+
+    >>> import torch, hessian
+    >>> A = hessian.Dense(torch.diag(torch.tensor([1.0, 3.0])))
+    >>> hessian.inverse(A, damping=1.0) @ torch.tensor([2.0, 8.0])
+    tensor([1., 2.])
     """
     if not damping >= 0 or not tol > 0:
         raise ValueError(f"damping={damping} and tol={tol}: give a damping of at least 0 and a positive tolerance")
@@ -71,6 +76,12 @@ class LowRankPlusShift(LinearOperator):
 
     `values` (k,), `vectors` (P, k) orthonormal, as `top_eigenpairs` returns them; `shift` stands for the eigenvalues that
     are not known, for instance their average (trace - sum of values) / (P - k).
+
+    >>> import torch, hessian
+    >>> A = hessian.LowRankPlusShift(torch.tensor([3.0]), torch.tensor([[1.0], [0.0]]), shift=1.0)
+    >>> A.inverse(damping=1.0).to_dense()
+    tensor([[0.2500, 0.0000],
+            [0.0000, 0.5000]])
     """
 
     def __init__(self, values: torch.Tensor, vectors: torch.Tensor, shift: float) -> None:

@@ -34,6 +34,11 @@ def preconditioned(operator: LinearOperator, diagonal: torch.Tensor) -> Precondi
     With the diagonal of `adam_preconditioner`, its largest eigenvalue is Adam's preconditioned sharpness, which training
     drives to 38 / learning rate with the usual betas (Cohen et al., 2022, "Adaptive gradient methods at the edge of
     stability").
+
+    >>> import torch, hessian
+    >>> A = hessian.Dense(torch.diag(torch.tensor([4.0, 9.0])))
+    >>> hessian.preconditioned(A, torch.tensor([4.0, 1.0])) @ torch.ones(2)
+    tensor([1., 9.])
     """
     return Preconditioned(operator, diagonal)
 

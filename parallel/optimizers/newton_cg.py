@@ -46,7 +46,7 @@ class _Solution:
 class NewtonCG(ByOperator):
     r"""Sub-sampled Newton steps by Steihaug's conjugate gradients within a trust region.
 
-    .. math:: p \approx \arg\min_{\|p\| \le \Delta} m(p), \qquad m(p) = g^\top p + \tfrac12 p^\top H p, \qquad
+    .. math:: p \approx \mathrm{arg}\min_{\|p\| \le \Delta} m(p), \qquad m(p) = g^\top p + \tfrac12 p^\top H p, \qquad
               r = \frac{L(\theta) - L(\theta + \eta p)}{-m(\eta p)}
 
     with the loss L, gradient g and curvature H of the operator given to `observe` before each step: of a batch, of several,
