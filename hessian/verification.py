@@ -1,5 +1,6 @@
 """Can the numbers of this operator be trusted? Checks that every report runs."""
 
+import contextlib
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -125,14 +126,20 @@ def _under_other_random_numbers(A: LinearOperator, vectors: torch.Tensor) -> tor
 
 
 def _finite_differences(A: Hessian, vector: torch.Tensor, product: torch.Tensor) -> Check:
-    """Directional derivative of the gradient along the product's own direction, where it is largest."""
+    """Directional derivative of the gradient along the product's own direction, where it is largest: the nearest of differences
+    over shorter and shorter steps. A kink of a ReLU within a step makes that one wrong; wrong products make all of them so."""
     length = float(A.space.norms(product.unsqueeze(0))[0])
     direction = product / length if length else vector
-    expected, found = A @ direction, A.difference_product(direction)
+    expected, allowed, nearest = A @ direction, _DIFFERENCE.get(A.dtype, _COARSE_DIFFERENCE), float("inf")
+    with contextlib.closing(A.difference_products(direction)) as differences:
+        for found in differences:
+            nearest = min(nearest, _distance(A.space, found, expected))
+            if nearest <= allowed:
+                break
     return _check(
         "finite differences",
-        _distance(A.space, found, expected),
-        _DIFFERENCE.get(A.dtype, _COARSE_DIFFERENCE),
+        nearest,
+        allowed,
         "products are not the derivative of the gradient: a custom autograd function whose backward cannot be differentiated, "
         "or a loss with kinks at this point",
     )

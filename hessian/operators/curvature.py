@@ -1,8 +1,9 @@
 """What all curvature matrices of an objective share: parameters, batches, one kept batch, blocks."""
 
+import contextlib
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from typing import Any, Self
 
 import torch
@@ -296,43 +297,61 @@ def central_difference(
     directions: Tensors,
     norm: Callable[[Sequence[torch.Tensor]], float] | None = None,
 ) -> list[torch.Tensor]:
-    r"""The derivative of `evaluate` in a direction of the parameters, by central differences.
+    r"""The derivative of `evaluate` in a direction of the parameters, by `central_differences`.
 
-    .. math:: \frac{f(\theta + h v) - f(\theta - h v)}{2 h}, \qquad
-              h = 4^{-k} \epsilon^{1/3} \max(\|\theta\|, 1) / \|v\|, \quad k = 0, 1, \dots
-
-    with the precision's epsilon: the step in parameter space depends neither on the direction's length nor, relatively, on
-    the parameters' (Nocedal & Wright, section 8.1). It is shortened until two results in a row agree, or until rounding lets
-    them part again; the one before that counts. The parameters come back bit by bit. norm: of tensors taken together, where
-    processes hold parts of them.
+    The step is shortened until two results in a row agree, or until rounding lets them part again; the one before that counts.
     """
     norm = norm or _norm
-    moved = {name: parameters[name] for name in directions}
-    length = norm(list(directions.values()))
-    if length == 0:
-        return [torch.zeros_like(tensor) for tensor in evaluate()]
-    size = norm([parameter.detach() for parameter in moved.values()])
-    root = torch.finfo(next(iter(moved.values())).dtype).eps ** (1 / 3)
-    step = root * max(size, 1.0) / length
-    originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
+    root = torch.finfo(next(iter(directions.values())).dtype).eps ** (1 / 3)
     best, least = [torch.zeros(())], float("inf")
     previous: list[torch.Tensor] | None = None
-    try:
-        for _ in range(_SHORTEST_STEP):
-            found = _difference_at(step, evaluate, moved, originals, directions)
-            if previous is not None:
+    with contextlib.closing(central_differences(evaluate, parameters, directions, norm)) as results:
+        for found in results:
+            if previous is None:
+                best = found
+            else:
                 whole = norm(found)
                 change = norm([new - old for new, old in zip(found, previous, strict=True)]) / whole if whole else 0.0
                 if change < least:
                     best, least = found, change
                 if change <= _AGREEMENT * root or change > 2 * least:
                     break
-            previous, step = found, step / 4
+            previous = found
+    return best
+
+
+def central_differences(
+    evaluate: Callable[[], list[torch.Tensor]],
+    parameters: Mapping[str, nn.Parameter],
+    directions: Tensors,
+    norm: Callable[[Sequence[torch.Tensor]], float] | None = None,
+) -> Generator[list[torch.Tensor], None, None]:
+    r"""Central differences of `evaluate` over shorter and shorter steps in a direction of the parameters.
+
+    .. math:: \frac{f(\theta + h v) - f(\theta - h v)}{2 h}, \qquad
+              h = 4^{-k} \epsilon^{1/3} \max(\|\theta\|, 1) / \|v\|, \quad k = 0, 1, \dots
+
+    with the precision's epsilon: the step in parameter space depends neither on the direction's length nor, relatively, on
+    the parameters' (Nocedal & Wright, section 8.1). The parameters come back bit by bit when the generator is closed. norm: of
+    tensors taken together, where processes hold parts of them.
+    """
+    norm = norm or _norm
+    moved = {name: parameters[name] for name in directions}
+    length = norm(list(directions.values()))
+    if length == 0:
+        yield [torch.zeros_like(tensor) for tensor in evaluate()]
+        return
+    size = norm([parameter.detach() for parameter in moved.values()])
+    step = torch.finfo(next(iter(moved.values())).dtype).eps ** (1 / 3) * max(size, 1.0) / length
+    originals = {name: parameter.detach().clone() for name, parameter in moved.items()}
+    try:
+        for _ in range(_SHORTEST_STEP):
+            yield _difference_at(step, evaluate, moved, originals, directions)
+            step /= 4
     finally:
         with torch.no_grad():
             for name, parameter in moved.items():
                 parameter.copy_(originals[name])
-    return best
 
 
 def _difference_at(

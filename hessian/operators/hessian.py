@@ -1,6 +1,7 @@
 """The Hessian of an objective in its parameters."""
 
-from collections.abc import Mapping
+import contextlib
+from collections.abc import Generator, Mapping
 from typing import Any
 
 import torch
@@ -9,7 +10,14 @@ from torch import nn
 from hessian.estimators.exact_diagonal import gauss_newton_diagonal
 from hessian.estimators.exact_trace import exact_traces
 from hessian.operators.base import NotExactError
-from hessian.operators.curvature import CurvatureOperator, Multiply, Tensors, central_difference, differentiable_twice
+from hessian.operators.curvature import (
+    CurvatureOperator,
+    Multiply,
+    Tensors,
+    central_difference,
+    central_differences,
+    differentiable_twice,
+)
 from hessian.parameters import flatten, requiring_grad
 
 
@@ -31,12 +39,19 @@ class Hessian(CurvatureOperator):
 
     def difference_product(self, vector: torch.Tensor) -> torch.Tensor:
         """H v by central differences of the gradient, (P,): slower and coarser than `@`, and independent of it."""
+        return self._row(central_difference(self._gradient_tensors, self.parameters, self._tensors(vector), self._norm))
+
+    def difference_products(self, vector: torch.Tensor) -> Generator[torch.Tensor, None, None]:
+        """H v by differences over shorter and shorter steps; the parameters are moved until the generator is closed."""
         directions = self._tensors(vector)
+        with contextlib.closing(
+            central_differences(self._gradient_tensors, self.parameters, directions, self._norm)
+        ) as results:
+            for found in results:
+                yield self._row(found)
 
-        def gradient() -> list[torch.Tensor]:
-            return list(self._tensors(self.gradient()).values())
-
-        return self._row(central_difference(gradient, self.parameters, directions, self._norm))
+    def _gradient_tensors(self) -> list[torch.Tensor]:
+        return list(self._tensors(self.gradient()).values())
 
     def exact_trace(self) -> float:
         """The trace, where the outputs are piecewise linear in every parameter (one at a time); else NotExactError."""
