@@ -7,6 +7,8 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, OptimizeResult, linprog, milp
 from scipy.sparse import csr_array
 
+from hawq.native_output import native_output_discarded
+
 _OBJECTIVE_SCALE = 1e5  # of the largest entry, where HiGHS proves to an absolute 1e-6
 _ENOUGH = 1e4  # a total this large in those units is proven to 1e-10 of itself
 _SPARE = 200  # variables that the first core has beyond those of the relaxation's optimum
@@ -175,13 +177,14 @@ class IntegerProgram:
 
     def _milp(self, objective: np.ndarray, constraints: list[LinearConstraint], upper: np.ndarray) -> OptimizeResult:
         """HiGHS with a gap of zero, variables from 0 to `upper`; choices are whole, products and spare columns real."""
-        return milp(
-            objective,
-            constraints=constraints,
-            integrality=(np.arange(len(objective)) < len(self.omega)).astype(int),
-            bounds=Bounds(np.zeros(len(objective)), upper),
-            options={"mip_rel_gap": 0.0},
-        )
+        with native_output_discarded():
+            return milp(
+                objective,
+                constraints=constraints,
+                integrality=(np.arange(len(objective)) < len(self.omega)).astype(int),
+                bounds=Bounds(np.zeros(len(objective)), upper),
+                options={"mip_rel_gap": 0.0},
+            )
 
 
 def _unit(costs: np.ndarray) -> float:

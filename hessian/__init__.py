@@ -1,5 +1,6 @@
 """What is the curvature of this loss? Tasks, objectives, curvature operators, and what one asks of them."""
 
+from hessian import landscape
 from hessian.estimators.activations import activation_report
 from hessian.estimators.density import SpectralDensity, spectral_density
 from hessian.estimators.diagonal import Diagonal, diagonal
@@ -52,6 +53,7 @@ __all__ = [
     "block_diagonal",
     "diagonal",
     "inverse",
+    "landscape",
     "layer_report",
     "load_task",
     "load_weights",

@@ -95,6 +95,8 @@ def _jackknife(gram: torch.Tensor, counts: torch.Tensor) -> float:
         return math.inf
     others = [[one for one in range(number) if one != left_out] for left_out in range(number)]
     ratios = torch.tensor([_ratio(*_moments(gram[kept][:, kept], counts[kept])) for kept in others])
+    if not ratios.isfinite().all():
+        return math.inf  # without some chunk the gradient is lost in noise
     return float(ratios.std(correction=0) * math.sqrt(number - 1))
 
 

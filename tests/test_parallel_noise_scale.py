@@ -90,3 +90,4 @@ def test_refusals_and_noise_alone():
     assert found.simple == math.inf
     assert found.simple_stderr == math.inf
     assert "curvature-weighted" in found._repr_html_()
+    assert noise_scale(linear, nn.MSELoss(), opposite * 2).simple_stderr == math.inf  # nor does any of the chunks less one tell
