@@ -54,9 +54,9 @@ def scaling(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         for batch in BATCHES:
             found = [rows[method, batch, seed] for seed in seeds if (method, batch, seed) in rows]
             cells.append(_cell(found))
-            if found and all(row["reached"] for row in found):
+            if found:
                 mean_batch = statistics.median(row["examples"] / row["steps"] for row in found)
-                points.append((mean_batch, [row["steps"] for row in found]))
+                points.append((mean_batch, [row["steps"] if row["reached"] else math.nan for row in found]))
         lines.append(f"| {method} | {' | '.join(cells)} |")
         _curve(axes, points, colour, method)
     first = statistics.median(rows["SGD, linear scaling", BATCHES[0], seed]["steps"] for seed in seeds)
@@ -68,7 +68,8 @@ def scaling(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         f"Steps to an accuracy of {TARGET:.0%}: median (range) of {len(seeds)} seeds, by evaluation four times an epoch "
         f"or after each step; failures are runs that did not get there in {MOST_EPOCHS} epochs and at least {LEAST_STEPS} "
         "steps, or diverged. Default rates, constant behind a warm-up over 5% of the longest run. ABSA grows from the batch "
-        "that is given; the figure has its mean batch. AdaHessian takes its curvature of the first 256 examples of a batch.",
+        "that is given; the figure has its mean batch, and gaps where a seed failed. AdaHessian takes its curvature of the "
+        "first 256 examples of a batch.",
     ]
     return "\n".join(lines), figure
 
@@ -86,7 +87,9 @@ def _cell(found: Sequence[dict[str, Any]]) -> str:
     return f"{text} {failed} failed".strip() if failed else text
 
 
-def _curve(axes: Axes, points: Sequence[tuple[float, Sequence[int]]], colour: str, label: str) -> None:
+def _curve(axes: Axes, points: Sequence[tuple[float, Sequence[float]]], colour: str, label: str) -> None:
+    """Broken where a seed failed."""
+    points = [(batch, steps if all(map(math.isfinite, steps)) else [math.nan]) for batch, steps in points]
     batches = [batch for batch, _ in points]
     axes.plot(batches, [statistics.median(steps) for _, steps in points], "o-", color=colour, markersize=4, label=label)
     for batch, steps in points:

@@ -19,6 +19,8 @@ _SAFETY = 0.5  # of the stable rate: the curvature is of few examples, and some 
 _FIRST_PRODUCTS = 3
 _MEMORY = 0.25  # of what was measured before, in the largest eigenvalue of all
 _LAYER_MEMORY = 0.8  # in those of layers, once as many have been averaged: other layers' part is to average out
+_RISE = 1.5  # of the measured examples' loss over its average: more is taken for a step that was too long
+_LOSS_MEMORY = 0.5
 _FLOOR = 1e-4  # of the largest layer's curvature: less, or negative curvature, counts as this much
 _TINY = 1e-30
 
@@ -83,6 +85,7 @@ class CurvatureRates:
     with the blocks' vectors under random signs s gives, for layer l, :math:`s_l (H z)_l = H_{ll} v_l + \sum_{k \ne l} s_l s_k
     H_{lk} v_k`, whose second part has mean zero. Another power iteration follows the largest eigenvalue of the whole matrix
     under the rates that these give, which the safe rate is taken from: layers that are stable one by one need not be together.
+    Where the examples' loss has risen well above its average, the safe rate is halved, whatever the curvature says.
 
     ratio: by how much a layer's rate may differ from the others', and how far the safe rate may lie above the base rate.
     Vectors are whole on every rank, and the same.
@@ -101,6 +104,7 @@ class CurvatureRates:
         self.whole: torch.Tensor | None = None  # (P,)
         self.curvatures = dict.fromkeys(self.layers, 0.0)
         self.largest = 0.0
+        self._loss: float | None = None
         self._averaged = self._updates = 0
 
     @property
@@ -146,8 +150,16 @@ class CurvatureRates:
             product = scale * self._product(operator, scale * self.whole / self.whole.norm())
             length = float(product.norm())
             self.whole = product if length > 0 else torch.ones_like(product)
+        if self._has_risen(operator.loss_value()):
+            length = max(length, 2 * self.largest)
         rose = length > self.largest  # believed at once: a step that is too long cannot be taken back
         self.largest = length if rose else _MEMORY * self.largest + (1 - _MEMORY) * length
+
+    def _has_risen(self, loss: float) -> bool:
+        """Whether the examples' loss is well above its average. A loss that saturates has hardly any curvature left."""
+        before = loss if self._loss is None else self._loss
+        self._loss = _LOSS_MEMORY * before + (1 - _LOSS_MEMORY) * loss
+        return loss > _RISE * before > 0
 
     def _follow_blocks(self, operator: CurvatureOperator, root: torch.Tensor | None, generator: torch.Generator | None) -> None:
         assert self.blocks is not None
@@ -176,11 +188,11 @@ class CurvatureRates:
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, but for the vectors `blocks` and `whole`."""
         counts = {"averaged": self._averaged, "updates": self._updates}
-        return {"curvatures": self.curvatures, "largest": self.largest} | counts
+        return {"curvatures": self.curvatures, "largest": self.largest, "loss": self._loss} | counts
 
     def load(self, state: Mapping[str, Any], blocks: torch.Tensor, whole: torch.Tensor) -> None:
         """Go on from a checkpoint."""
-        self.curvatures, self.largest = dict(state["curvatures"]), state["largest"]
+        self.curvatures, self.largest, self._loss = dict(state["curvatures"]), state["largest"], state["loss"]
         self._averaged, self._updates = state["averaged"], state["updates"]
         self.blocks, self.whole = blocks, whole
 

@@ -93,6 +93,35 @@ def test_a_rise_counts_at_once_and_a_fall_by_most():
     assert rates.largest == pytest.approx(40 / 4 + 8 * 3 / 4, rel=1e-3)
 
 
+def test_a_loss_that_saturates_halves_the_rate():
+    """log(1 + |x|^2) curves ever less, and downward, as it grows."""
+
+    class Saturating(Quadratic):
+        def forward(self, inputs):
+            return torch.log1p(super().forward(inputs))
+
+    model = Saturating(torch.eye(10, dtype=torch.float64))
+    product = hessian.Hessian(model, lambda outputs, _: outputs, (torch.zeros(1), torch.zeros(1)))
+    rates = CurvatureRates(dict(model.named_parameters()), 2.0)
+    generator = torch.Generator().manual_seed(0)
+
+    def scale(factor):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.mul_(factor)
+
+    scale(0.1)
+    for _ in range(10):
+        rates.update(product, None, generator)
+    before = rates.safe_rate
+    scale(100)
+    rates.update(product, None, generator)
+    assert rates.safe_rate == pytest.approx(before / 2)
+    for _ in range(10):
+        rates.update(product, None, generator)
+    assert rates.safe_rate > 10 * before  # it is a plateau, where nothing rises any more
+
+
 def test_going_on_from_a_checkpoint():
     parameters, product = operator(matrix(0.3))
     through = CurvatureRates(parameters, 2.0)
