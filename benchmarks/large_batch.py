@@ -116,14 +116,13 @@ def batch(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
     rows: dict[str, list[dict[str, Any]]] = {}
     for row in results([*small, *cases], workers):
         rows.setdefault(row["method"], []).append(row)
-    lines = ["| method, untuned | steps | accuracy (mean; by seed) | seconds |", "|-|-|-|-|"]
+    lines = ["| method, untuned | steps | accuracy (mean; by seed) |", "|-|-|-|"]
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axes = figure.subplots()
     for position, (method, found) in enumerate(rows.items()):
         metrics = [row["metric"] for row in found]
         each = " ".join(f"{metric:.2%}" for metric in metrics)
-        seconds = statistics.median(row["seconds"] for row in found)
-        lines.append(f"| {method} | {found[0]['steps']} | {statistics.mean(metrics):.2%} ({each}) | {seconds:.0f} |")
+        lines.append(f"| {method} | {found[0]['steps']} | {statistics.mean(metrics):.2%} ({each}) |")
         errors = [max(100 * (1 - metric), 0.1) for metric in metrics]
         axes.plot(errors, [position] * len(metrics), "o", color="#0072b2", markersize=4, alpha=0.6)
     axes.set_yticks(range(len(rows)), list(rows))

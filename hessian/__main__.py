@@ -39,7 +39,7 @@ def analyse(options: Options, processes: Processes) -> Findings:
     options.check()
     stages = _Stages(options.seed)
     task = hessian.load_task(options.task, options.weights)
-    task.model.to(processes.device)
+    task.model.to(processes.device).eval()  # as it will be used; in Python, a model is taken in the mode that it is in
     processes.broadcast(task.model)
     plan = stages.run("plan", lambda _: choose_plan(options, task))
     logger.info("%s: %s", task.name, plan)

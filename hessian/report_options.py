@@ -147,7 +147,7 @@ def parser() -> argparse.ArgumentParser:
     result = argparse.ArgumentParser(
         prog="python -m hessian",
         description="The curvature of a network's loss: eigenvalues, their density, traces by layer and the landscape, each "
-        "with its error, as report.json, report.html and PNG figures.",
+        "with its error, as report.json, report.html and PNG figures; of the network in evaluation mode.",
         epilog="""examples:
   python -m hessian digits-resnet20
   python -m hessian text-transformer --examples 64 --eigenvalues 20 --out out/text

@@ -56,6 +56,8 @@ def load_task(text: str, weights: str | os.PathLike[str] | None = None, *, pretr
     else:
         near = difflib.get_close_matches(text, BUILT_IN, n=1)
         hint = f" (did you mean {near[0]!r}?)" if near else ""
+        if not near and text.isidentifier() and Path(f"{text}.py").is_file():
+            hint = f" (did you mean a function of that module, {text}:FUNCTION?)"
         raise UnknownTaskError(
             f"unknown task {text!r}{hint}: built-in tasks are {', '.join(BUILT_IN)}; name your own as package.module:function"
         )
@@ -95,6 +97,9 @@ def _call(text: str) -> Task:
 
 
 def _check(task: Task) -> None:
+    for name, function in (("loss", task.loss), ("metric", task.metric)):
+        if not callable(function):
+            raise TypeError(f"task {task.name!r}: {name} is a {type(function).__name__}, not a function of outputs and targets")
     for name, dataset in (("train", task.train), ("evaluation", task.evaluation)):
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
             raise TypeError(f"task {task.name!r}: {name} is not a map-style dataset with a length")

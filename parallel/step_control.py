@@ -63,6 +63,10 @@ class StepControl:
         if config.layer_rates == "curvature":
             self.layers = CurvatureRates(parameters, stability_threshold(optimizer), ratio=config.rate_ratio)
         elif config.layer_rates is not None:
+            if not Path(config.layer_rates).is_file():
+                raise ValueError(
+                    f"--layer-rates {config.layer_rates}: give curvature, or a report's layers.json, which this is not"
+                )
             self.fixed = reported_rates(LayerReport.load(Path(config.layer_rates)), parameters, config.rate_ratio)
         if config.find_rate and not isinstance(optimizer, torch.optim.SGD):
             raise ValueError(

@@ -42,6 +42,9 @@ def with_dropout():
     model = task().model
     return task(model=nn.Sequential(model, nn.Dropout(0.5)).train())
 
+def no_mean():
+    return task(loss=lambda outputs, targets: nn.functional.cross_entropy(outputs, targets).sqrt())
+
 def nan_data():
     data = task().train
     inputs = data.tensors[0].clone()
@@ -204,10 +207,12 @@ def test_batches_give_the_same_numbers_and_old_figures_go(folder, capsys):
 
 
 def test_a_failed_check_is_shown(folder, capsys):
-    arguments = ["user_curves:with_dropout", "--eigenvalues", "1", "--probes", "1", "--steps", "2", "--no-landscape"]
-    assert main([*arguments, "--no-layers", "--examples", "8", "--out", "o"]) == 0
-    assert "check failed: evaluation mode" in capsys.readouterr().out
+    few = ["--eigenvalues", "1", "--probes", "1", "--steps", "2", "--no-landscape", "--no-layers", "--examples", "8"]
+    assert main(["user_curves:no_mean", *few, "--out", "o"]) == 0
+    assert "check failed: batch invariance" in capsys.readouterr().out
     assert "A check failed" in (folder / "o" / "report.html").read_text()
+    assert main(["user_curves:with_dropout", *few, "--out", "e"]) == 0  # in evaluation mode
+    assert "all 6 checks passed" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
