@@ -38,7 +38,7 @@ def test_data_free_reads_no_training_data(folder, monkeypatch):
     assert again["quantized"] == report["quantized"]
 
 
-@pytest.mark.parametrize("order", [(), ("--finetune-order", "hawq-v1")])
+@pytest.mark.parametrize("order", [(), pytest.param(("--finetune-order", "hawq-v1"), marks=pytest.mark.nightly)])
 def test_fine_tuning_trains_at_the_widths_allocated(folder, monkeypatch, order):
     widths = ("--bits", "2", "--avg-bits", "2")
     training = ("--finetune", "1", "--batch-size", "16", *order)

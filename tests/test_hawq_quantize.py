@@ -228,6 +228,7 @@ def test_one_clear_line_and_nothing_written(folder, capsys, monkeypatch, argumen
     assert [path for path in sorted(folder.iterdir()) if path.name not in ("o", "__pycache__")] == before
 
 
+@pytest.mark.nightly
 def test_metrics_that_are_no_shares_are_not_shown_in_per_cent(folder):
     result = run("user_networks:regression", "--out", "o", "--bits", "4", "8")
     assert result.returncode == 0, result.stderr

@@ -204,6 +204,7 @@ def test_the_command_line_on_two_ranks(folder, monkeypatch):
     assert json.loads((folder / "two" / "report.json").read_text())["reused_stages"][:3] == STAGES
 
 
+@pytest.mark.nightly
 def test_one_line_for_an_error_of_all_ranks(folder):
     result = launch(folder, "user_networks:task", "--out", "o", "--max-bops", "0.01")
     assert result.returncode != 0

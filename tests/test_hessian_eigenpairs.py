@@ -46,6 +46,7 @@ def test_against_a_dense_spectrum(which, k):
     torch.testing.assert_close(pairs.vectors.T @ pairs.vectors, torch.eye(k, dtype=torch.float64), atol=1e-10, rtol=0)
 
 
+@pytest.mark.nightly
 def test_clusters_are_complete_and_free_of_ghosts_over_100_seeds():
     """Fifty eigenvalues with clusters of up to nine equal and up to three nearly equal ones."""
     sizes = (1, 2, 5, 1, 9, 3, 1, 1, 4, 2, 1, 6, 1, 1, 7, 3, 2)

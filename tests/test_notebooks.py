@@ -15,7 +15,6 @@ import parallel
 import parallel.optimizers
 
 NOTEBOOKS = sorted((Path(__file__).resolve().parents[1] / "notebooks").glob("*.ipynb"))
-IN_EVERY_RUN = "07"  # the others are nightly
 LARGEST = 1_000_000  # bytes
 SECONDS = 180
 PACKAGES = {"hessian": hessian, "hawq": hawq, "parallel": parallel}
@@ -110,13 +109,8 @@ def test_public_uses_are_allowed(text: str):
     assert not [problem for node in ast.walk(ast.parse(text)) for problem in private_uses(node)]
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        pytest.param(path, id=path.stem, marks=() if path.stem.startswith(IN_EVERY_RUN) else pytest.mark.nightly)
-        for path in NOTEBOOKS
-    ],
-)
+@pytest.mark.nightly
+@each
 def test_runs_from_top_to_bottom(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
     monkeypatch.setenv("PYTHONPATH", str(path.parents[1]))  # the kernel starts in another folder

@@ -344,6 +344,7 @@ def test_a_killed_rank_leaves_no_trace(tmp_path):
     assert (tmp_path / "a/metrics.jsonl").read_text() == (tmp_path / "b/metrics.jsonl").read_text()
 
 
+@pytest.mark.nightly
 def test_a_restart_does_not_resume_what_was_refused(tmp_path):
     """torchrun starts a refused run again; that is no reason to go on with the results of another one."""
     with joined() as processes:
