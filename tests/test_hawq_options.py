@@ -83,6 +83,7 @@ def test_a_divergence_predicts_the_loss_as_it_is(folder, monkeypatch):
     assert report["predicted_increase"] == pytest.approx(sum(row["sensitivity"] for row in report["layers"]))
 
 
+@pytest.mark.nightly
 def test_the_whole_frontier_and_its_audit(folder, monkeypatch):
     monkeypatch.setattr("hawq.measurement._SECONDS", 0)
     skipped = report_of(folder, monkeypatch, "task", "--avg-bits", "3")

@@ -103,7 +103,8 @@ def of_one_process():
     return leaves(tables(1))
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 3])
+@pytest.mark.nightly
+@pytest.mark.parametrize("ranks", [2, 3])
 def test_tables_and_traces_equal_those_of_one_process(of_one_process, ranks):
     """With their standard errors; those that are drawn or sampled from the same numbers."""
     for found in map(leaves, run_on_ranks(tables_on_ranks, ranks)):

@@ -65,6 +65,7 @@ def clean_environment():
     return {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
 
 
+@pytest.mark.nightly
 def test_the_wheel_works_without_the_repository(built, tmp_path):
     """Its dependencies are those of this environment."""
     programs = fresh(tmp_path / "venv")

@@ -57,7 +57,7 @@ def one_process():
         return trained()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_many_ranks_train_as_one_process(one_process, ranks):
     """Passes that do not divide evenly, moments of all ranks' examples in the batch norms that the curvature sees."""
     for rank in run_on_ranks(trained, ranks):
