@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 
 from benchmarks.steps_to_target import cost, noise, scaling
 from benchmarks.training_runs import RESULTS, TRAINING_EXAMPLES, Case, results
+from hessian.colours import BLUE, GREEN, GREY, ORANGE, PINK
 from hessian.files import write_atomically
 
 SMALL, LARGE, EPOCHS = 64, 1024, 10
@@ -78,7 +79,7 @@ def tuning(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
     ]
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axes = figure.subplots()
-    for (method, rates), colour in zip(RATES.items(), ("#0072b2", "#d55e00", "#009e73", "#cc79a7"), strict=True):
+    for (method, rates), colour in zip(RATES.items(), (BLUE, ORANGE, GREEN, PINK), strict=True):
         by_seed = [[rows[method, rate, seed]["metric"] for rate in rates] for seed in seeds]
         spans = [longest_span(rates, [metric >= TARGET for metric in metrics]) for metrics in by_seed]
         share = statistics.median(rows[method, rate, seed]["curvature_share"] for rate in rates for seed in seeds)
@@ -88,7 +89,7 @@ def tuning(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         low, high = ([choose(column) for column in zip(*by_seed, strict=True)] for choose in (min, max))
         axes.plot(rates, medians, marker="o", markersize=3, color=colour, label=method)
         axes.fill_between(rates, low, high, color=colour, alpha=0.15, linewidth=0)
-    axes.axhline(TARGET, color="#666666", linestyle=":", linewidth=0.8)
+    axes.axhline(TARGET, color=GREY, linestyle=":", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_ylim(0.85, 1.003)
     axes.set_xlabel("base learning rate")
@@ -124,7 +125,7 @@ def batch(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         each = " ".join(f"{metric:.2%}" for metric in metrics)
         lines.append(f"| {method} | {found[0]['steps']} | {statistics.mean(metrics):.2%} ({each}) |")
         errors = [max(100 * (1 - metric), 0.1) for metric in metrics]
-        axes.plot(errors, [position] * len(metrics), "o", color="#0072b2", markersize=4, alpha=0.6)
+        axes.plot(errors, [position] * len(metrics), "o", color=BLUE, markersize=4, alpha=0.6)
     axes.set_yticks(range(len(rows)), list(rows))
     axes.invert_yaxis()
     axes.set_xscale("log")

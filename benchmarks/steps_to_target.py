@@ -13,6 +13,7 @@ from scipy.optimize import least_squares
 
 import hessian
 from benchmarks.training_runs import TASK, TRAINING_EXAMPLES, Case, results
+from hessian.colours import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
 from hessian.processes import joined
 from parallel.train_options import Config
 from parallel.trainer import Trainer
@@ -29,7 +30,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "rates from curvature": {"layer_rates": "curvature"},
     "ABSA": {"adaptive_batch": "absa", "adversarial_share": 0.5, "largest_batch": 1024, "base_batch": 64},
 }
-COLOURS = ("#0072b2", "#56b4e9", "#d55e00", "#e69f00", "#009e73", "#000000", "#cc79a7", "#999999")
+COLOURS = (BLUE, SKY, ORANGE, YELLOW, GREEN, "black", PINK, GREY)
 SGD_BATCHES = (16, 32, 64, 128, 256, 512, 1024)
 SGD_RATES = (0.0125, 0.025, 0.05, 0.1, 0.2, 0.4)
 
@@ -61,7 +62,7 @@ def scaling(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
         _curve(axes, points, colour, method)
     first = statistics.median(rows["SGD, linear scaling", BATCHES[0], seed]["steps"] for seed in seeds)
     ideal = [first * BATCHES[0] / batch for batch in BATCHES]
-    axes.plot(BATCHES, ideal, color="#666666", linestyle=":", linewidth=1, label="ideal: steps halve as the batch doubles")
+    axes.plot(BATCHES, ideal, color=GREY, linestyle=":", linewidth=1, label="ideal: steps halve as the batch doubles")
     _finish(axes, f"steps to {TARGET:.0%}: median and range of {len(seeds)} seeds")
     lines += [
         "",
@@ -139,11 +140,11 @@ def noise(seeds: Sequence[int], workers: int) -> tuple[str, Figure]:
     ]
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axes = figure.subplots()
-    axes.plot(list(best), list(best.values()), "o", color="#0072b2", label="SGD at its best rate")
+    axes.plot(list(best), list(best.values()), "o", color=BLUE, label="SGD at its best rate")
     curve = [least_steps + least_examples / batch for batch in SGD_BATCHES]
-    axes.plot(SGD_BATCHES, curve, color="#0072b2", linewidth=1, label="S + E / B")
-    axes.axvline(critical, color="#666666", linestyle=":", label=f"E / S = {critical:.0f}")
-    axes.axvline(middle, color="#d55e00", linestyle="--", label=f"noise scale: {middle:.0f}")
+    axes.plot(SGD_BATCHES, curve, color=BLUE, linewidth=1, label="S + E / B")
+    axes.axvline(critical, color=GREY, linestyle=":", label=f"E / S = {critical:.0f}")
+    axes.axvline(middle, color=ORANGE, linestyle="--", label=f"noise scale: {middle:.0f}")
     _finish(axes, f"steps to {TARGET:.0%}: median of {len(seeds)} seeds")
     return "\n".join(lines), figure
 

@@ -50,7 +50,9 @@ def examine() -> dict[str, Any]:
 
 def machine() -> dict[str, Any]:
     """Processors, memory and disk, and the ways in which processes can talk to each other."""
-    available = {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()}
+    available = (
+        {"gloo": distributed.is_gloo_available(), "nccl": distributed.is_nccl_available()} if distributed.is_available() else {}
+    )
     return {
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -169,7 +171,7 @@ def text(found: Mapping[str, Any]) -> str:
         lines.append(f"  {name:13}{how}, {kernel['speedup']:.2f} x float's speed on one thread")
     lines.append("extras")
     for name, extra in found["extras"].items():
-        state = f"pip install 'hessianware[{name}]'" if extra["missing"] else "installed"
+        state = f"{', '.join(extra['missing'])} missing (the extra [{name}])" if extra["missing"] else "installed"
         lines.append(f"  {name:13}{state}: {extra['enables']}")
     lines.append(f"self-test      {'passed' if found['self_test'] else 'FAILED: products with a known Hessian are wrong here'}")
     return "\n".join(lines)

@@ -109,8 +109,8 @@ class Trainer:
         if kind.whole_layers and self.groups < processes.world_size:
             raise ValueError(f"--optimizer {config.optimizer} needs whole layers on each rank: leave out --mesh and --plan")
         in_parts = config.shard or self.groups < processes.world_size
-        if in_parts and (config.adversarial_share or config.attack or config.adaptive_batch == "absa"):
-            raise ValueError("adversarial examples need the whole model on each rank: leave out --shard, --mesh and --plan")
+        if config.adversarial_share or config.attack or config.adaptive_batch == "absa":
+            self._check_attack(example, in_parts)
         self.optimizer = kind.make(self.replica.model, _groups(trained, config.layer_rates is not None), base_rate, config)
         self.control = StepControl(config, self.optimizer, dict(trained), base_rate, self.steps, self.size)
         self.average = None if config.ema is None else WeightAverage(self.replica.state(), config.ema)
@@ -339,6 +339,19 @@ class Trainer:
     def _own(self, batch: Any) -> Any:
         """Of a batch that this rank passes, the examples that its outputs are of."""
         return take_examples(batch, slice(*self.replica.own_examples(count_examples(batch))))
+
+    def _check_attack(self, inputs: Any, in_parts: bool) -> None:
+        """Now, and not when the training is done."""
+        if in_parts:
+            raise ValueError("adversarial examples need the whole model on each rank: leave out --shard, --mesh and --plan")
+        if not isinstance(inputs, torch.Tensor) or not inputs.is_floating_point():
+            kind = inputs.dtype if isinstance(inputs, torch.Tensor) else f"a {type(inputs).__name__}"
+            raise ValueError(f"the inputs are {kind}, and attacks move floating-point tensors: leave out --attack and the like")
+        targets = default_collate([self.task.train[0][1]])
+        if self.config.attack == "trust-region" and (targets.dim() != 1 or targets.is_floating_point()):
+            raise ValueError(
+                "--attack trust-region moves examples to other classes, and targets are no classes: take fgsm or pgd"
+            )
 
     def _check_batch(self) -> None:
         size, ranks = self.config.batch_size, self.processes.world_size

@@ -42,7 +42,7 @@ def test_the_doctor_says_what_is_missing(capsys, monkeypatch):
     assert doctor.main([]) == 1
     lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     assert ["scipy", "MISSING"] in lines
-    assert ["onnx", "pip install 'hessianware[onnx]': " + doctor.EXTRAS["onnx"][0]] in lines
+    assert ["onnx", "onnx, onnxruntime, onnxscript missing (the extra [onnx]): " + doctor.EXTRAS["onnx"][0]] in lines
     assert any(line[0] == "self-test" and line[1].startswith("FAILED") for line in lines)
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import distributed, nn
+from torch.utils.data import TensorDataset
 
 import hessian
 from hessian.processes import joined
@@ -16,6 +17,7 @@ from parallel.layouts.ghost_batch_norm import use_ghosts
 from parallel.noise_scale import NoiseScale
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train_options import Config
+from parallel.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.test_parallel_train import assert_same, outcome, trainer
 from tests.training_tasks import small
@@ -306,6 +308,24 @@ def test_evaluation_under_attack_is_the_same_on_any_number_of_ranks():
     for rank in run_on_ranks(attacked, 2):
         for attack, found in rank.items():
             torch.testing.assert_close(found, expected[attack], rtol=1e-9, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "targets", "message"),
+    [
+        (
+            torch.ones(8, 3, dtype=torch.int64),
+            torch.zeros(8, dtype=torch.int64),
+            "the inputs are torch.int64, and attacks move",
+        ),
+        (torch.ones(8, 3), torch.zeros(8, 2), "targets are no classes: take fgsm or pgd"),
+    ],
+)
+def test_an_attack_that_cannot_be_is_refused_before_the_training(inputs, targets, message):
+    data = TensorDataset(inputs, targets)
+    task = hessian.Task(nn.Linear(3, 2), data, data, nn.MSELoss(), lambda outputs, _: outputs.mean(), "no images")
+    with joined() as processes, pytest.raises(ValueError, match=message):
+        Trainer(task, Config("small", attack="trust-region", batch_size=4, steps=1), processes)
 
 
 def test_a_measurement_needs_an_example_for_each_rank():
