@@ -27,7 +27,7 @@ import hawq
 from benchmarks.quantizer_peers import PEERS, Network, Peer, Problem, onnxruntime_static_file
 from benchmarks.resnet50 import resnet50, settle
 from hawq import onnx_export, runtime, storage
-from hawq.cost.size import weight_bits
+from hawq.cost.size import bits_of_weights
 from hawq.distilled_data import distilled_batches
 from hawq.evaluation import Evaluation, evaluate
 from hawq.finetune import finetune
@@ -80,7 +80,12 @@ class Case:
         return hawq.sensitivity(self.graph, self.task.loss, data, bits=BITS, method=method, generator=generator)
 
     def allocation(self, table: hawq.SensitivityTable, average: float) -> hawq.Allocation:
-        budget = hawq.Budget("bits of weights", weight_bits(self.layers, BITS), average * self.num_params)
+        counts = {name: layer.num_params for name, layer in self.layers.items()}
+        budget = hawq.Budget(
+            "bits of weights",
+            bits_of_weights(counts, BITS),
+            average * self.num_params,
+        )
         return hawq.allocate({name: table[name] for name in self.layers}, [budget], tied_layers(self.layers))
 
     def quantized(

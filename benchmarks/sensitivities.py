@@ -16,7 +16,7 @@ from scipy.stats import spearmanr
 from torch import fx
 
 import hawq
-from hawq.cost.size import weight_bits
+from hawq.cost.size import bits_of_weights
 from hawq.evaluation import evaluate
 from hawq.fold import folded
 from hawq.graph import example_inputs, find_layers, tied_layers
@@ -63,7 +63,12 @@ class Case:
 
     def allocated(self, table: Mapping[str, Mapping[int, float]], average: float) -> tuple[float, float]:
         """Accuracy and loss increase on the test data of the best widths for this average."""
-        budget = hawq.Budget("bits", weight_bits(self.layers, BITS), average * self.num_params)
+        counts = {name: layer.num_params for name, layer in self.layers.items()}
+        budget = hawq.Budget(
+            "bits",
+            bits_of_weights(counts, BITS),
+            average * self.num_params,
+        )
         return self.measured(hawq.allocate(table, [budget], tied_layers(self.layers)), self.test)
 
     def measured(self, allocation: hawq.Allocation, data: Any) -> tuple[float, float]:

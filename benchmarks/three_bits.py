@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 import hawq
-from hawq.cost.size import weight_bits
+from hawq.cost.size import bits_of_weights
 from hawq.evaluation import evaluate
 from hawq.fold import folded
 from hawq.graph import example_inputs, find_layers, tied_layers
@@ -31,7 +31,8 @@ def accuracies(seed: int, average: int) -> dict[str, float]:
     test = batches_of(task.evaluation, 360)
     graph = folded(task.model, example_inputs(data))
     layers = find_layers(graph)
-    budget = hawq.Budget("bits", weight_bits(layers, BITS), average * sum(layer.num_params for layer in layers.values()))
+    counts = {name: layer.num_params for name, layer in layers.items()}
+    budget = hawq.Budget("bits", bits_of_weights(counts, BITS), average * sum(counts.values()))
 
     def chosen_by(method: str) -> hawq.Allocation:
         table = hawq.sensitivity(graph, task.loss, data, bits=BITS, method=method)

@@ -5,9 +5,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from hessian.colours import BLUE, ORANGE
+from hessian.drawn import new_axes
 from hessian.files import write_atomically
 from hessian.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ACTIVATION = "activation:"  # what the rows of activations begin with
 _FORMAT = "hessianware.allocation"
@@ -56,6 +62,16 @@ class Allocation(Table):
 
     def cells(self) -> list[list[str]]:
         return [[name, str(bits)] for name, bits in self.bits.items()]
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the widths of layers and, in another colour, of activations with their own; `ax=None` makes a new figure."""
+        ax = new_axes() if ax is None else ax
+        first = len(self.layers)
+        for rows, colour, start in ((self.layers, BLUE, 0), (self.activations, ORANGE, first)):
+            ax.bar_label(ax.bar(range(start, start + len(rows)), list(rows.values()), color=colour), padding=2, fontsize=8)
+        ax.set_xticks(range(len(self.bits)), [*self.layers, *self.activations], rotation=60, ha="right", fontsize=7)
+        ax.set(ylabel="bits", ylim=(0, max(self.bits.values()) + 1), xlim=(-0.7, len(self.bits) - 0.3))
+        return ax
 
     def average_bits(self, num_params: Mapping[str, int]) -> float:
         """Bits a weight, over all weights of the allocated layers.

@@ -10,6 +10,7 @@ from tqdm.auto import tqdm
 
 from hawq.allocate import Table
 from hawq.allocation import Allocation
+from hessian import tables
 from hessian.colours import BLUE, GREEN, GREY, ORANGE
 from hessian.drawn import new_axes
 
@@ -57,8 +58,8 @@ class Comparison:
         )
 
 
-@dataclass(frozen=True)
-class Audit:
+@dataclass(frozen=True, repr=False)
+class Audit(tables.Table):
     """Three comparisons, of which the last two need single layers to be measured.
 
     frontier: whole allocations. layers: only one row quantized. interaction: as "predicted" the sum of the measured
@@ -71,6 +72,72 @@ class Audit:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def _parts(self) -> dict[str, Comparison]:
+        """The comparisons that there are, by what they compare."""
+        parts = {
+            "allocations": self.frontier,
+            "single layers": self.layers,
+            "all together over sum of singles": self.interaction,
+        }
+        return {title: part for title, part in parts.items() if part is not None}
+
+    def header(self) -> list[str]:
+        return ["compared", "points", "rank correlation", "measured / predicted", "not positive"]
+
+    def cells(self) -> list[list[str]]:
+        return [
+            [
+                title,
+                str(part.num_points),
+                *("" if number is None else f"{number:.3g}" for number in (part.spearman, part.ratio)),
+                str(part.not_positive),
+            ]
+            for title, part in self._parts().items()
+        ]
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Measured over predicted increases, both logarithmic, with the line where they agree; `ax=None` makes a new figure.
+
+        What is not positive has no place on such an axis: it is drawn hollow at the edge, and counted in the legend. Names that
+        would cover others are left out.
+        """
+        ax = new_axes() if ax is None else ax
+        present = self._parts()
+        positive = [value for part in present.values() for value in (*part.predicted, *part.measured) if value > 0]
+        low, high = (min(positive) / 3, max(positive) * 3) if positive else (0.1, 10.0)
+        named: list[np.ndarray] = []
+        for (title, part), colour, marker in zip(present.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
+            x, y = np.array(part.predicted, dtype=float), np.array(part.measured, dtype=float)
+            shown = (x > 0) & (y > 0)
+            rank = "" if part.spearman is None else f", rank correlation {part.spearman:.2f}"
+            label = f"{title}: {part.num_points}{rank}"
+            ax.scatter(x[shown], y[shown], s=22, color=colour, marker=marker, label=label, alpha=0.8)
+            if not shown.all():
+                edge = np.maximum(x[~shown], low), np.maximum(y[~shown], low)
+                ax.scatter(
+                    *edge,
+                    s=30,
+                    facecolors="none",
+                    edgecolors=colour,
+                    marker=marker,
+                    label=f"of these not positive: {(~shown).sum()}",
+                )
+            if part.num_points <= _MOST_LABELS:
+                for name, across, up in zip(part.labels, np.maximum(x, low), np.maximum(y, low), strict=True):
+                    place = np.log([across / low, up / low]) / np.log(high / low)  # shares of the axes
+                    if all(abs(place[1] - other[1]) > 0.025 or abs(place[0] - other[0]) > 0.2 for other in named):
+                        named.append(place)
+                        ax.annotate(name, (across, up), textcoords="offset points", xytext=(4, 3), fontsize=6, color=GREY)
+        ax.plot([low, high], [low, high], color=GREY, linewidth=0.8, label="as predicted")
+        ax.set_xscale("log")
+        ax.set_yscale("log")
+        ax.set_xlim(low, high)
+        ax.set_ylim(low, high)
+        ax.set_xlabel("predicted increase of the loss")
+        ax.set_ylabel("measured increase of the loss")
+        ax.legend(fontsize=7)
+        return ax
 
 
 def audit(
@@ -104,53 +171,3 @@ def audit(
     )
     added = [sum(single[pair] for pair in bits.items()) for bits in allocations]
     return Audit(frontier, layers, Comparison.of(list(measured), added, together))
-
-
-def plot(audit: Audit, ax: "Axes | None" = None) -> "Axes":
-    """Measured over predicted increases, both logarithmic, with the line where they agree; returns the axes.
-
-    What is not positive has no place on such an axis: it is drawn hollow at the edge, and counted in the legend. Names that
-    would cover others are left out.
-    """
-    ax = new_axes() if ax is None else ax
-    parts = {
-        "allocations": audit.frontier,
-        "single layers": audit.layers,
-        "all together over sum of singles": audit.interaction,
-    }
-    present = {title: part for title, part in parts.items() if part is not None}
-    positive = [value for part in present.values() for value in (*part.predicted, *part.measured) if value > 0]
-    low, high = (min(positive) / 3, max(positive) * 3) if positive else (0.1, 10.0)
-    named: list[np.ndarray] = []
-    for (title, part), colour, marker in zip(present.items(), (BLUE, ORANGE, GREEN), "os^", strict=False):
-        x, y = np.array(part.predicted, dtype=float), np.array(part.measured, dtype=float)
-        shown = (x > 0) & (y > 0)
-        rank = "" if part.spearman is None else f", rank correlation {part.spearman:.2f}"
-        label = f"{title}: {part.num_points}{rank}"
-        ax.scatter(x[shown], y[shown], s=22, color=colour, marker=marker, label=label, alpha=0.8)
-        if not shown.all():
-            edge = np.maximum(x[~shown], low), np.maximum(y[~shown], low)
-            ax.scatter(
-                *edge,
-                s=30,
-                facecolors="none",
-                edgecolors=colour,
-                marker=marker,
-                label=f"of these not positive: {(~shown).sum()}",
-            )
-        if part.num_points <= _MOST_LABELS:
-            for name, across, up in zip(part.labels, np.maximum(x, low), np.maximum(y, low), strict=True):
-                place = np.log([across / low, up / low]) / np.log(high / low)  # shares of the axes
-                if all(abs(place[1] - other[1]) > 0.025 or abs(place[0] - other[0]) > 0.2 for other in named):
-                    named.append(place)
-                    ax.annotate(name, (across, up), textcoords="offset points", xytext=(4, 3), fontsize=6, color=GREY)
-    ax.plot([low, high], [low, high], color=GREY, linewidth=0.8, label="as predicted")
-    ax.set_xscale("log")
-    ax.set_yscale("log")
-    ax.set_xlim(low, high)
-    ax.set_ylim(low, high)
-    ax.set_xlabel("predicted increase of the loss")
-    ax.set_ylabel("measured increase of the loss")
-    ax.legend(fontsize=7)
-    ax.grid(alpha=0.3)
-    return ax

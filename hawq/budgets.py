@@ -9,7 +9,7 @@ from hawq.allocate import Budget, Products, Table, allocate
 from hawq.allocation import ACTIVATION, Allocation
 from hawq.cost.bops import FLOAT_BITS, bit_operations
 from hawq.cost.latency import LatencyTable, latency_table
-from hawq.cost.size import file_overhead, packed_bytes, weight_bits
+from hawq.cost.size import bits_of_weights, file_overhead, packed_bytes
 from hawq.graph import Layer
 from hawq.layers import QUANTIZERS
 from hawq.model import quantize_model
@@ -62,8 +62,8 @@ def budgets(
     if average is None and all(limit is None for limit in free):
         average = DEFAULT_AVERAGE_BITS
     if average is not None:
-        num_params = sum(layer.num_params for layer in layers.values())
-        found.append(Budget("bits of weights", weight_bits(layers, bits), average * num_params))
+        counts = {name: layer.num_params for name, layer in layers.items()}
+        found.append(Budget("bits of weights", bits_of_weights(counts, bits), average * sum(counts.values())))
     if options.max_size is not None:
         found.append(_size(options, graph, layers, rows))
     if options.max_bops is not None:

@@ -8,8 +8,10 @@ import torch
 from matplotlib.figure import Figure
 
 from hawq.affine import signed_range
-from hawq.audit import Audit, Comparison, plot
+from hawq.allocation import Allocation
+from hawq.audit import Audit, Comparison
 from hawq.model import QuantizedModel
+from hawq.pareto import Frontier, Point
 from hessian.colours import BLUE, GREY, ORANGE
 from hessian.drawing import to_inline_svg
 
@@ -21,12 +23,7 @@ _AUDITED = ("frontier", "layers", "interaction")
 def bits(layers: Sequence[Mapping[str, Any]]) -> str:
     """The width of every layer, in the order of the computation."""
     figure, axes = _figure(max(9.0, 0.34 * len(layers)), 3.4)
-    widths = [row["bits"] for row in layers]
-    bars = axes.bar(range(len(layers)), widths, color=BLUE)
-    axes.bar_label(bars, padding=2, fontsize=8)
-    axes.set_ylabel("bits of a weight")
-    axes.set_ylim(0, max(widths) + 1)
-    _name_layers(axes, layers)
+    Allocation({row["name"]: row["bits"] for row in layers}).plot(axes)
     return to_inline_svg(figure)
 
 
@@ -55,32 +52,12 @@ def sensitivity(layers: Sequence[Mapping[str, Any]]) -> str:
     return to_inline_svg(figure)
 
 
-def frontier(points: Sequence[Mapping[str, Any]], report: Mapping[str, Any]) -> str:
-    """Bytes of the packed file against the predicted and the measured increase of the loss."""
+def frontier(report: Mapping[str, Any]) -> str:
+    """Bytes of the packed file against the predicted and the measured increase of the loss; a star for this file."""
     figure, axes = _figure(9.0, 4.2)
-    sizes = [point["file_bytes"] / 1e3 for point in points]
-    measured = [point["measured_increase"] for point in points]
-    if points and points[0]["predicted_increase"] is not None:
-        predicted = [point["predicted_increase"] for point in points]
-        axes.plot(sizes, predicted, "--s", color=ORANGE, label="predicted from the summed sensitivity")
-    axes.plot(sizes, measured, "-o", color=BLUE, label="measured on the evaluation data")
-    beaten = [index for index, point in enumerate(points) if point["dominated"]]
-    axes.plot([sizes[i] for i in beaten], [measured[i] for i in beaten], "o", color=BLUE, markerfacecolor="white")
     chosen = report["file_bytes"]["model.safetensors"] / 1e3
     axes.plot([chosen], [report["measured_increase"]], "*", color="black", markersize=13, label="this file", zorder=5)
-    background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
-    for point, size, increase in zip(points, sizes, measured, strict=True):
-        label = f"{point['average_bits']:.2g} bits, {point['label']}"
-        axes.annotate(
-            label, (size, increase), textcoords="offset points", xytext=(4, 9), fontsize=7, color=GREY, bbox=background
-        )
-    axes.set_yscale("symlog", linthresh=1e-3)
-    axes.axhline(0, color=GREY, linewidth=0.6)
-    axes.set_xlabel("model.safetensors (kB)")
-    axes.set_ylabel("increase of the loss")
-    axes.margins(x=0.12, y=0.12)
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+    Frontier(Point(**point) for point in report["frontier"]).plot(axes)
     return to_inline_svg(figure)
 
 
@@ -88,7 +65,7 @@ def audit(comparisons: Mapping[str, Any]) -> str:
     """Predicted against measured increases, of allocations and of single layers."""
     figure, axes = _figure(9.0, 5.0)
     parts: dict[str, Any] = {name: None if comparisons[name] is None else Comparison(**comparisons[name]) for name in _AUDITED}
-    plot(Audit(**parts), axes)
+    Audit(**parts).plot(axes)
     return to_inline_svg(figure)
 
 
@@ -125,6 +102,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     figure = Figure(figsize=(width, height), layout="constrained")
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(alpha=0.3)
     return figure, axes
 
 

@@ -13,13 +13,12 @@ from torch import fx, nn
 from hawq import storage
 from hawq.allocation import Allocation
 from hawq.audit import Audit, Comparison, audit
-from hawq.cost.size import weight_bits
 from hawq.evaluation import evaluate, mean_loss
 from hawq.graph import input_node
 from hawq.job import Job, logger
 from hawq.layers import QUANTIZERS
 from hawq.model import QuantizedModel
-from hawq.pareto import AVERAGES, FINE_AVERAGES, Point, frontier, mark_dominated
+from hawq.pareto import AVERAGES, FINE_AVERAGES, Frontier, Outcome, Point, frontier
 from hawq.sensitivity import SensitivityTable
 
 _SECONDS = 60  # for the frontier, and for single layers, unless all is asked for
@@ -30,7 +29,7 @@ _MOST_LAYERS = 64
 class Measured:
     """The frontier and the audit; `skipped` says what was not measured and why, by name."""
 
-    points: list[Point] = field(default_factory=list)
+    points: Frontier = field(default_factory=Frontier)
     audit: Audit | None = None
     on_evaluation: Comparison | None = None
     skipped: dict[str, str] = field(default_factory=dict)
@@ -102,27 +101,25 @@ def _fits(job: Job, found: Measured, name: str, seconds: float) -> bool:
     return False
 
 
-def _frontier(job: Job, table: SensitivityTable, averages: Sequence[float], float_loss: float) -> list[Point]:
+def _frontier(job: Job, table: SensitivityTable, averages: Sequence[float], float_loss: float) -> Frontier:
     """The best allocation at each average width, quantized and measured; those of infinite loss left out."""
 
-    def measure(allocation: Allocation) -> tuple[int, float, float, float]:
+    def measure(allocation: Allocation) -> Outcome:
         model = job.quantized(allocation)
         result = evaluate(model, job.task, job.evaluation)
         audited = audited_loss(job, model, allocation) - float_loss
-        return len(storage.to_bytes(model)), result.loss - job.float_result.loss, result.metric, audited
+        return Outcome(len(storage.to_bytes(model)), result.loss - job.float_result.loss, result.metric, audited)
 
     def compute() -> list[dict[str, Any]]:
-        costs = weight_bits(job.layers, job.options.offered_bits)
-        points = frontier(
-            table, costs, job.num_params, job.ties, measure, predicts=table.predicts, averages=averages, progress=True
-        )
+        counts = {name: layer.num_params for name, layer in job.layers.items()}
+        points = frontier(table, counts, measure, predicts=table.predicts, ties=job.ties, averages=averages, progress=True)
         finite = [point for point in points if math.isfinite(point.measured_increase + point.audited_increase)]
         if len(finite) < len(points):
             logger.warning("frontier: %d of %d points have an infinite loss", len(points) - len(finite), len(points))
-        return [asdict(point) for point in mark_dominated(finite)]
+        return [asdict(point) for point in Frontier(finite)]
 
     inputs = job.key | job.settings() | {"table": table.to_dict(), "averages": averages}
-    return [Point(**point) for point in job.stages.run_json("frontier", inputs, compute)]
+    return Frontier(Point(**point) for point in job.stages.run_json("frontier", inputs, compute))
 
 
 def _single_layers(

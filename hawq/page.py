@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from hawq import figures
+from hawq.evaluation import metric_text
 from hawq.graph import get_tensor
 from hawq.model import QuantizedModel
 from hessian.page import render_page
@@ -18,7 +19,7 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
     pictures = {
         "bits": figures.bits(report["layers"]),
         "sensitivity": figures.sensitivity(report["layers"]),
-        "frontier": figures.frontier([point | {"label": metric_text(point["metric"])} for point in report["frontier"]], report),
+        "frontier": figures.frontier(report),
         "audit": figures.audit(report["audit"]) if report["audit"] is not None else "",
         "weights": figures.weights(weights, model),
     }
@@ -54,11 +55,6 @@ def comparison(report: Mapping[str, Any]) -> list[tuple[str, str, str, str]]:
         label = f"latency, {threads} thread{'s' * (threads != '1')}, batch {batch}"
         rows.append((label, f"{before:.3f} ms", f"{after:.3f} ms", _ratio(before, after, "faster", "slower")))
     return rows
-
-
-def metric_text(value: float) -> str:
-    """A share in per cent; a metric that is no share as it is."""
-    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 def metric_change(before: Mapping[str, float], after: Mapping[str, float]) -> str:

@@ -9,6 +9,7 @@ from tqdm.auto import tqdm
 
 from hawq.allocate import Budget, allocate
 from hawq.sensitivity.table import SensitivityTable
+from hessian.tables import Table
 
 _LEAST_SHARE = 1e-3  # of a sensitivity: a trace known to be positive is not drawn as negative
 
@@ -23,8 +24,8 @@ class RowStability:
     widest: int
 
 
-@dataclass(frozen=True)
-class Stability:
+@dataclass(frozen=True, repr=False)
+class Stability(Table):
     """How an allocation holds within the standard errors of its sensitivities.
 
     exact: no sensitivity has an error, so that nothing was drawn and `rows` is empty. expected_regret: how much more, on
@@ -40,6 +41,14 @@ class Stability:
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
+
+    def header(self) -> list[str]:
+        return ["row", "bits", "chosen again", "narrowest", "widest"]
+
+    def cells(self) -> list[list[str]]:
+        return [
+            [name, str(row.bits), f"{row.share:.0%}", str(row.narrowest), str(row.widest)] for name, row in self.rows.items()
+        ]
 
 
 def stability(

@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
 from scipy.special import stdtrit
 
 from hessian.colours import BLUE, GREEN, GREY, ORANGE
@@ -13,7 +12,7 @@ from hessian.estimators.eigenpairs import Eigenpairs
 from hessian.estimators.spectrum import Spectrum
 from hessian.estimators.trace import Trace
 from hessian.landscape import Line, Plane
-from hessian.results import LayerReport
+from hessian.results import LayerReport, Quantity
 
 _WIDTH = 7.2  # inches
 _TOLERANCE = 1e-3  # of `top_eigenpairs`, relative to the largest eigenvalue
@@ -61,25 +60,16 @@ def spectrum(result: Spectrum, top: Eigenpairs, outliers: Sequence[float], sigma
 
 def layers(report: LayerReport, shapes: Mapping[str, tuple[int, ...]]) -> Figure | None:
     """Top eigenvalue and trace of every tensor of two or more dimensions, the first layer on top; None without such."""
-    names = [name for name in report if len(shapes[name]) >= 2]
-    if not names:
+    matrices = LayerReport({name: row for name, row in report.items() if len(shapes[name]) >= 2})
+    if not matrices:
         return None
-    rows = [report[name] for name in names]
-    panels = [("trace", [row.trace for row in rows], [1.96 * row.trace_stderr for row in rows], BLUE)]
-    if all(row.top_eigenvalue is not None for row in rows):
-        values = [float(row.top_eigenvalue or 0) for row in rows]
-        panels.insert(0, ("largest eigenvalue", values, [float(row.residual or 0) for row in rows], GREEN))
-    figure = Figure(figsize=(_WIDTH, 1.1 + 0.2 * len(names)), layout="constrained")
-    first = None
-    for position, (label, numbers, errors, colour) in enumerate(panels):
-        axes = figure.add_subplot(1, len(panels), position + 1, sharey=first)
-        first = first or axes
-        _signed_bars(axes, np.array(numbers), np.array(errors), colour)
-        axes.set_xlabel(label, fontsize=9)
+    quantities: list[Quantity] = ["trace"]
+    if all(row.top_eigenvalue is not None for row in matrices.values()):
+        quantities.insert(0, "top eigenvalue")
+    figure = Figure(figsize=(_WIDTH, 1.1 + 0.2 * len(matrices)), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, len(quantities), sharey=True, squeeze=False)[0], quantities, strict=True):
+        matrices.plot(axes, quantity)
         axes.tick_params(axis="x", labelsize=8)
-        axes.tick_params(axis="y", labelleft=position == 0, labelsize=7)
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.4, -0.6)
     return figure
 
 
@@ -146,36 +136,6 @@ def _running_mean(axes: Any, samples: np.ndarray, trace: Trace) -> None:
     axes.set_xticks(counts[:: max(1, len(counts) // 16)])
     axes.set(xlabel="probes", ylabel="trace")
     axes.legend(fontsize=8)
-
-
-def _signed_bars(axes: Any, values: np.ndarray, errors: np.ndarray, colour: str) -> None:
-    """Horizontal bars of magnitudes on a logarithmic axis; negative values are hatched, zeros are left out."""
-    magnitudes = np.abs(values)
-    rows = np.flatnonzero(magnitudes > 0)
-    axes.grid(axis="x", alpha=0.3)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    if not len(rows):
-        return
-    negative = values < 0
-    for chosen, style in (
-        (rows[~negative[rows]], {"color": colour}),
-        (rows[negative[rows]], {"color": "white", "hatch": "////"}),
-    ):
-        if len(chosen):
-            axes.barh(chosen, magnitudes[chosen], height=0.7, edgecolor=colour, linewidth=0.6, **style)
-    lower = np.minimum(errors, 0.99 * magnitudes)  # a logarithmic axis ends above 0
-    shown = rows[errors[rows] > 0.01 * magnitudes[rows]]
-    axes.errorbar(
-        magnitudes[shown], shown, xerr=[lower[shown], errors[shown]], fmt="none", ecolor="black", elinewidth=0.8, capsize=2
-    )
-    axes.set_xscale("log")
-    low, high = np.log10(magnitudes[rows].min() / 2), np.log10((magnitudes + errors)[rows].max())
-    axes.set_xlim(10 ** np.floor(low), 10 ** np.ceil(high))  # whole decades, so that there are ticks to read
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    if negative.any():
-        axes.barh([0], [0], color="white", edgecolor=colour, hatch="////", label="negative")
-        axes.legend(fontsize=7)
 
 
 def _figure(height: float) -> tuple[Figure, Any]:

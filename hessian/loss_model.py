@@ -2,14 +2,20 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
+from hessian.colours import BLUE
+from hessian.drawn import new_axes
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.hessian import Hessian
 from hessian.parameters import Selection, flatten, unflatten
 from hessian.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,16 @@ class PredictedIncrease(Table):
         return [
             [name, f"{part.first_order:.4g}", f"{part.second_order:.4g}", f"{part.total:.4g}"] for name, part in parts.items()
         ]
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw each tensor's part on a logarithmic axis, negative ones hatched; `ax=None` makes a new figure."""
+        from hessian.bars import signed_bars
+
+        ax = new_axes(len(self.layers)) if ax is None else ax
+        totals = [part.total for part in self.layers.values()]
+        signed_bars(ax, list(self.layers), totals, [0.0] * len(totals), BLUE)
+        ax.set_xlabel("predicted increase of the loss")
+        return ax
 
 
 def predict_increase(

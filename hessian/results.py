@@ -2,12 +2,20 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
+from hessian.colours import BLUE, GREEN, ORANGE
+from hessian.drawn import new_axes
 from hessian.files import write_atomically
 from hessian.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Quantity = Literal["trace", "average trace", "top eigenvalue"]
 
 _FORMAT = "hessianware.layer-report"
 _VERSION = 1
@@ -34,6 +42,17 @@ class LayerRow:
     residual: float | None = None
     channel_traces: list[float] | None = None
     channel_stderrs: list[float] | None = None
+
+
+_DRAWN: dict[Quantity, tuple[str, str, Callable[[LayerRow], tuple[float, float]]]] = {
+    "trace": ("trace", BLUE, lambda row: (row.trace, 1.96 * row.trace_stderr)),
+    "average trace": (
+        "trace / parameters",
+        ORANGE,
+        lambda row: (row.trace / row.num_params, 1.96 * row.trace_stderr / row.num_params),
+    ),
+    "top eigenvalue": ("largest eigenvalue", GREEN, lambda row: (row.top_eigenvalue or 0.0, row.residual or 0.0)),
+}
 
 
 class LayerReport(Table, Mapping[str, LayerRow]):
@@ -90,6 +109,25 @@ class LayerReport(Table, Mapping[str, LayerRow]):
         if self._has_eigenvalues:
             shown += ["" if value is None else f"{value:.4g}" for value in (row.top_eigenvalue, row.residual)]
         return shown
+
+    def plot(self, ax: "Axes | None" = None, quantity: Quantity = "trace") -> "Axes":
+        """Draw a bar for each tensor, the first on top, on a logarithmic axis; `ax=None` makes a new figure.
+
+        quantity: the trace or its average over the tensor's parameters, with 95% intervals, or the largest eigenvalue with its
+        residual. Bars of negative values are hatched. ValueError where the report does not have the quantity.
+        """
+        from hessian.bars import signed_bars
+
+        if quantity not in _DRAWN:
+            raise ValueError(f"quantity={quantity!r}: choose one of {', '.join(_DRAWN)}")
+        if quantity == "top eigenvalue" and not all(row.top_eigenvalue is not None for row in self.values()):
+            raise ValueError("this report has no eigenvalues: make it with layer_report(..., eigenvalues=True)")
+        label, colour, bar = _DRAWN[quantity]
+        ax = new_axes(len(self)) if ax is None else ax
+        bars = [bar(row) for row in self.values()]
+        signed_bars(ax, list(self), [value for value, _ in bars], [error for _, error in bars], colour)
+        ax.set_xlabel(label)
+        return ax
 
     @property
     def _has_eigenvalues(self) -> bool:

@@ -8,7 +8,7 @@ from parallel.layer_cost import Grid
 from parallel.layer_shape import LayerShape, describe
 from parallel.layouts.network import LaidOut
 from parallel.noise_scale import NoiseScale, noise_scale
-from parallel.planner import LayerPlan, Plan, Plans, best_plans
+from parallel.planner import LayerPlan, Plan, Plans, best_plans, plot_by_ranks
 
 __all__ = [
     "AlphaBeta",
@@ -27,5 +27,6 @@ __all__ = [
     "describe",
     "gpt",
     "noise_scale",
+    "plot_by_ranks",
     "resnet50",
 ]

@@ -8,23 +8,26 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
+from matplotlib import style
+from matplotlib.figure import Figure
 from torch import distributed
 
 import hessian
 from hessian.command_line import add_completion, reserve_stdout, write_result
 from hessian.drawing import to_png, to_svg
+from hessian.drawn import STYLE
 from hessian.files import write_atomically
 from hessian.objective import batches_of
 from hessian.task import UnknownTaskError
-from parallel import plan_figures
 from parallel.architectures import ARCHITECTURES
 from parallel.communication import AlphaBeta
 from parallel.layer_shape import LayerShape, describe
 from parallel.measure import measure
-from parallel.planner import Plans, best_plans
+from parallel.planner import Plans, best_plans, plot_by_ranks
 
 ALPHA, BETA = 2e-6, 1 / 6e9  # Gholami et al., SPAA 2018: 2 microseconds, 6 GB/s
 
@@ -140,7 +143,10 @@ def write_outputs(folder: Path, text: str, layers: list[LayerShape], network: Al
             except ValueError:  # this many ranks cannot keep it
                 continue
     plans[options.world_size] = best
-    for name, figure in (("cost", plan_figures.cost_by_ranks(plans)), ("layouts", plan_figures.layouts(best.best))):
+    for name, draw in (("cost", partial(plot_by_ranks, plans)), ("layouts", best.best.plot)):
+        with style.context(STYLE):
+            figure = Figure(figsize=(7.2, 3.8 if name == "cost" else 1.2 + 0.2 * len(layers)))
+            draw(figure.add_subplot())
         write_atomically(folder / f"{name}.png", to_png(figure))
         write_atomically(folder / f"{name}.svg", to_svg(figure))
 

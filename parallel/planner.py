@@ -1,14 +1,22 @@
 """The cheapest layout of every layer, and of the ranks, by the alpha-beta model: exactly, over all grids and assignments."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from hessian.colours import BLUE, GREEN, GREY, ORANGE
+from hessian.drawn import new_axes
 from hessian.tables import Table
 from parallel.communication import AlphaBeta, Collective
 from parallel.layer_cost import LAYOUTS, Grid, Layout, memory, obstacle, relayout, traffic
 from parallel.layer_shape import LayerShape
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_COLOURS = {"batch": BLUE, "model": ORANGE, "domain": GREEN}
+_HATCHES = {"batch": "", "model": "//", "domain": ".."}
 
 
 @dataclass(frozen=True)
@@ -49,6 +57,22 @@ class Plan(Table):
     def cells(self) -> list[list[str]]:
         return [[layer.name, layer.layout, f"{1e3 * layer.seconds:.4g}", f"{layer.bytes / 1e6:.4g}"] for layer in self.layers]
 
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the milliseconds that each layer communicates, the first on top, by layouts; `ax=None` makes a new figure."""
+        ax = new_axes(len(self.layers)) if ax is None else ax
+        for layout in _COLOURS:
+            places = [place for place, layer in enumerate(self.layers) if layer.layout == layout]
+            if places:
+                bars = ax.barh(places, [1e3 * self.layers[place].seconds for place in places], edgecolor="white")
+                for bar in bars:
+                    bar.set(facecolor=_COLOURS[layout], hatch=_HATCHES[layout])
+                bars.set_label(f"{layout}-parallel")
+        ax.set_yticks(range(len(self.layers)), [layer.name for layer in self.layers], fontsize=8)
+        ax.set_ylim(len(self.layers) - 0.4, -0.6)
+        ax.set_xlabel("communication a step (ms)")
+        ax.legend(fontsize=8, frameon=False, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+        return ax
+
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         return {
@@ -72,15 +96,14 @@ class Plans(Table):
     pure_batch: Plan
     pure_model: Plan
 
+    def named(self) -> dict[str, Plan]:
+        """The plans by what they are."""
+        return {"best": self.best, "all ranks share the batch": self.pure_batch, "all share every layer": self.pure_model}
+
     def header(self) -> list[str]:
         return ["plan", "model x batch", "milliseconds", "megabytes sent", "megabytes kept", "cannot run"]
 
     def cells(self) -> list[list[str]]:
-        named = (
-            ("best", self.best),
-            ("all ranks share the batch", self.pure_batch),
-            ("all share every layer", self.pure_model),
-        )
         return [
             [
                 name,
@@ -90,8 +113,30 @@ class Plans(Table):
                 f"{plan.memory / 1e6:.4g}",
                 "; ".join(plan.obstacles),
             ]
-            for name, plan in named
+            for name, plan in self.named().items()
         ]
+
+
+def plot_by_ranks(plans: Mapping[int, Plans], ax: "Axes | None" = None) -> "Axes":
+    """Draw the seconds that a step communicates over the number of ranks, {ranks: plans}; hollow where a plan cannot run.
+
+    `ax=None` makes a new figure.
+    """
+    ax = new_axes() if ax is None else ax
+    styles = ((GREEN, "-"), (BLUE, "--"), (ORANGE, ":"))
+    by_name = {name: [found.named()[name] for found in plans.values()] for name in next(iter(plans.values())).named()}
+    for (name, row), (colour, style) in zip(by_name.items(), styles, strict=True):
+        ax.plot(list(plans), [one.seconds for one in row], style, color=colour, label=name)
+        for ranks, one in zip(plans, row, strict=True):
+            ax.plot(ranks, one.seconds, "o", color=colour, markerfacecolor="white" if one.obstacles else colour, markersize=5)
+    if any(one.obstacles for row in by_name.values() for one in row):
+        ax.plot([], [], "o", color=GREY, markerfacecolor="white", label="cannot run")
+    ax.set_xscale("log", base=2)
+    ax.set_yscale("log")
+    ax.set_xticks(list(plans), [f"{ranks:,}" for ranks in plans], rotation=45)
+    ax.set(xlabel="ranks", ylabel="communication a step (s)")
+    ax.legend(fontsize=8, frameon=False, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return ax
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import pytest
 from matplotlib.figure import Figure
 
 import hawq
-from hawq.audit import Comparison, audit, plot
+from hawq.audit import Comparison, audit
 
 TABLE = {"a": {2: 0.8, 4: 0.2}, "b": {2: 0.4, 4: 0.02}}
 
@@ -77,7 +77,7 @@ def test_the_plot_shows_every_point_and_counts_those_off_the_axes():
     increases = {("a", 2): 0.5, ("a", 4): -0.1, ("b", 2): 0.2, ("b", 4): 0.0}
     result = audit(TABLE, measured(), measure_layer=lambda name, bits: increases[name, bits])
     ax = Figure().add_subplot()
-    assert plot(result, ax) is ax
+    assert result.plot(ax) is ax
     assert (ax.get_xscale(), ax.get_yscale()) == ("log", "log")
     assert ax.get_xlabel()
     assert ax.get_ylabel()
@@ -92,4 +92,4 @@ def test_the_plot_shows_every_point_and_counts_those_off_the_axes():
 
 def test_a_plot_without_any_positive_increase():
     result = audit(TABLE, {label: (allocation, -1.0) for label, (allocation, _) in measured().items()})
-    assert plot(result).get_legend() is not None
+    assert result.plot().get_legend() is not None

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 import hawq
-from hawq.pareto import FINE_AVERAGES, Point, convex_frontier, frontier, mark_dominated, optimal_allocations
+from hawq.pareto import FINE_AVERAGES, Frontier, Outcome, Point, convex_frontier, frontier, optimal_allocations
 from tests.oracles import best_allocation
 
 
@@ -68,16 +68,15 @@ def test_the_measured_frontier():
     """Bytes and increases as measured decide which points are dominated; other budgets hold at every point."""
     params = {"a": 10, "b": 30}
     table = {name: {bits: count * 4.0**-bits for bits in (2, 3, 4, 8)} for name, count in params.items()}
-    costs = {name: {bits: float(count * bits) for bits in (2, 3, 4, 8)} for name, count in params.items()}
     narrow = hawq.Budget("narrow", {name: {bits: float(bits == 8) for bits in row} for name, row in table.items()}, 1)
     measured = []
 
     def measure(allocation):
         measured.append(allocation)
         increase = -0.1 if len(measured) == 2 else allocation.objective
-        return int(allocation.budgets["bits of weights"].used), increase, 0.9, 3 * allocation.objective
+        return Outcome(int(allocation.budgets["bits of weights"].used), increase, 0.9, 3 * allocation.objective)
 
-    points = frontier(table, costs, 40, [], measure, predicts=0.5, budgets=[narrow], averages=FINE_AVERAGES)
+    points = frontier(table, params, measure, predicts=0.5, budgets=[narrow], averages=FINE_AVERAGES)
     assert len(points) == len(measured) == len({tuple(allocation.bits.values()) for allocation in measured})
     assert all(sorted(allocation.bits.values())[0] < 8 for allocation in measured)
     assert [point.dominated for point in points] == [False, False] + [True] * (len(points) - 2)
@@ -90,4 +89,4 @@ def test_dominated_points():
     nan = float("nan")
     increases = [(100, 0.5), (120, 0.5), (120, 0.4), (130, nan), (140, 0.4), (140, 0.1), (140, 0.1)]
     points = [Point(4.0, size, None, increase, 0.9, 1.0, 0.0) for size, increase in increases]
-    assert [point.dominated for point in mark_dominated(points)] == [False, True, False, False, True, False, False]
+    assert [point.dominated for point in Frontier(points)] == [False, True, False, False, True, False, False]

@@ -2,6 +2,7 @@
 
 import json
 import math
+import sys
 
 import pytest
 import torch
@@ -51,7 +52,7 @@ def test_widths_of_one_row_share_their_draw():
 
 
 def test_exact_sensitivities_are_not_drawn(monkeypatch):
-    monkeypatch.setattr("hawq.stability.allocate", lambda *_: pytest.fail("solved"))
+    monkeypatch.setattr(sys.modules["hawq.stability"], "allocate", lambda *_: pytest.fail("solved"))
     result = stability(two_layers(0.0), ONE_WIDE)
     assert (result.exact, result.samples, result.rows, result.expected_regret) == (True, 0, {}, 0.0)
 

@@ -18,6 +18,7 @@ from hawq.affine import check_width
 from hawq.cost.single_layer import LayerShape, no_layer, single_layers
 from hawq.graph import EMBEDDING, Layer
 from hessian.files import write_atomically
+from hessian.tables import Table
 from hessian.tasks.cache import cache_folder
 
 logger = logging.getLogger(__name__)
@@ -52,7 +53,7 @@ class Comparison:
         return self.layers / self.measured
 
 
-class LatencyTable(Mapping[str, Mapping[int, float]]):
+class LatencyTable(Table, Mapping[str, Mapping[int, float]]):
     """Seconds of one run by layer and bits, for `batch` examples on `threads` threads; `stderr` likewise.
 
     cpu, runtime: the processor and the onnxruntime version that they hold for. activations: 8, or None for float.
@@ -85,8 +86,15 @@ class LatencyTable(Mapping[str, Mapping[int, float]]):
     def __len__(self) -> int:
         return len(self._seconds)
 
-    def __repr__(self) -> str:
-        return f"LatencyTable({self._seconds!r}, cpu={self.cpu!r}, threads={self.threads}, batch={self.batch})"
+    def header(self) -> list[str]:
+        widths = next(iter(self._seconds.values()), {})
+        return [f"microseconds, {self.threads} threads, batch {self.batch}", *(f"{bits} bits" for bits in widths)]
+
+    def cells(self) -> list[list[str]]:
+        return [
+            [name, *(f"{1e6 * seconds:.4g} ± {1e6 * self.stderr[name][bits]:.1g}" for bits, seconds in row.items())]
+            for name, row in self.items()
+        ]
 
     def total(self, bits: Mapping[str, int]) -> float:
         """Seconds of all layers at these widths."""

@@ -1,10 +1,12 @@
-"""Bytes: what a layer's weights take in a packed file."""
+"""Bits and bytes: what layers' weights take in a packed file."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 
+from hawq.allocate import Budget, Table
+from hawq.allocation import ACTIVATION
 from hawq.graph import Layer, get_tensor
 from hawq.model import build
 from hawq.packing import packed_size
@@ -16,9 +18,38 @@ def packed_bytes(layers: Mapping[str, Layer], bits: Sequence[int]) -> dict[str, 
     return {name: {width: float(packed_size(layer.num_params, width)) for width in bits} for name, layer in layers.items()}
 
 
-def weight_bits(layers: Mapping[str, Layer], bits: Sequence[int]) -> dict[str, dict[int, float]]:
+def bits_of_weights(num_params: Mapping[str, int], bits: Iterable[int]) -> dict[str, dict[int, float]]:
     """Bits of a layer's codes before padding to whole bytes, {layer: {bits: number}}: what an average of bits counts."""
-    return {name: {width: float(layer.num_params * width) for width in bits} for name, layer in layers.items()}
+    widths = tuple(bits)
+    return {name: {width: float(count * width) for width in widths} for name, count in num_params.items()}
+
+
+def num_params(table: Iterable[str], model: nn.Module) -> dict[str, int]:
+    """How many weights each layer of a table has, {layer: number}; rows of activations are left out.
+
+    Raises ValueError for a layer that the model does not have.
+    """
+    parameters = dict(model.named_parameters())
+    layers = [name for name in table if not name.startswith(ACTIVATION)]
+    weights = {name: parameters.get(f"{name}.weight", parameters.get(name)) for name in layers}
+    for name, weight in weights.items():
+        if weight is None:
+            raise ValueError(f"the table has a layer {name!r}, of which the model has no weight: give the model it was made of")
+    return {name: weight.numel() for name, weight in weights.items() if weight is not None}
+
+
+def average_bits(table: Table, model: nn.Module, limit: float) -> Budget:
+    """A budget of at most `limit` bits a weight, on average over the layers of a table made of `model`.
+
+    >>> import hawq, torch
+    >>> model = torch.nn.Sequential(torch.nn.Linear(10, 10), torch.nn.Linear(10, 30))
+    >>> table = {"0": {2: 9.0, 8: 0.0}, "1": {2: 1.0, 8: 0.0}}
+    >>> hawq.allocate(table, [hawq.average_bits(table, model, 4)]).bits
+    {'0': 8, '1': 2}
+    """
+    counts = num_params(table, model)
+    widths = {bits for name in counts for bits in table[name]}
+    return Budget("bits of weights", bits_of_weights(counts, widths), limit * sum(counts.values()))
 
 
 def file_overhead(graph: fx.GraphModule, layers: Mapping[str, Layer], activation_bits: int | None) -> int:

@@ -3,12 +3,18 @@
 import html
 import json
 from collections.abc import Iterator, Mapping
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
+from hessian.colours import BLUE, GREEN, GREY, ORANGE, PINK, SKY, YELLOW
+from hessian.drawn import new_axes
 from hessian.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Errors = Mapping[str, Mapping[int, float]]
 
+_MARKS = {2: (PINK, "v"), 3: (ORANGE, "^"), 4: (YELLOW, "<"), 5: (GREEN, "s"), 6: (SKY, "D"), 7: (GREY, ">"), 8: (BLUE, "o")}
 _FORMAT = "hessianware.sensitivity"
 _VERSION = 1
 
@@ -105,6 +111,36 @@ class SensitivityTable(Table, Mapping[str, Mapping[int, float]]):
             return ""
         error = self.stderr[name][bits]
         return f"{self._omega[name][bits]:.4g}" + (f" ± {error:.1g}" if error else "")
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw every row at every width, on a logarithmic axis, bars of one standard error; `ax=None` makes a new figure.
+
+        What is not positive has no place on such an axis and is counted in the legend.
+        """
+        ax = new_axes() if ax is None else ax
+        for bits in self._widths:
+            having = [(place, name) for place, name in enumerate(self) if bits in self[name]]
+            rows = [(place, self[name][bits], self.stderr[name][bits]) for place, name in having]
+            shown = [row for row in rows if row[1] > 0]
+            hidden = f", {len(rows) - len(shown)} not positive" if len(shown) < len(rows) else ""
+            places, values, errors = zip(*shown, strict=True) if shown else ((), (), ())
+            colour, marker = _MARKS[bits]
+            ax.errorbar(
+                places,
+                values,
+                yerr=errors,
+                fmt=f"{marker}-",
+                color=colour,
+                linewidth=0.8,
+                markersize=4,
+                capsize=2,
+                label=f"{bits} bits{hidden}",
+            )
+        ax.set_yscale("log")
+        ax.set_xticks(range(len(self)), list(self), rotation=60, ha="right", fontsize=7)
+        ax.set_ylabel(f"sensitivity, {self.method}")
+        ax.legend(fontsize=8, ncols=2)
+        return ax
 
     def _repr_html_(self) -> str:
         return super()._repr_html_() + (f"<p>{html.escape(self.note)}</p>" if self.note else "")

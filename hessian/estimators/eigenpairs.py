@@ -3,17 +3,22 @@
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from tqdm.auto import tqdm
 
+from hessian.colours import BLUE, GREY
+from hessian.drawn import new_axes
 from hessian.estimators.krylov_checkpoint import KrylovCheckpoint
 from hessian.estimators.lanczos import KrylovBasis
 from hessian.memory import available_bytes
 from hessian.operators.base import LinearOperator
 from hessian.space import VectorSpace
 from hessian.tables import Table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 Which = Literal["largest", "smallest", "both", "magnitude"]
 
@@ -51,6 +56,25 @@ class Eigenpairs(Table):
     def cells(self) -> list[list[str]]:
         rows = zip(self.values.tolist(), self.residuals.tolist(), self.converged.tolist(), strict=True)
         return [[f"{value:.6g}", f"{residual:.1e}", "yes" if fine else "NO"] for value, residual, fine in rows]
+
+    def plot(self, ax: "Axes | None" = None) -> "Axes":
+        """Draw the values in their order with residuals as error bars, hollow where one has not converged.
+
+        `ax=None` makes a new figure.
+        """
+        ax = new_axes() if ax is None else ax
+        values, numbers = self.values.numpy(), torch.arange(1, len(self.values) + 1)
+        ax.vlines(numbers, 0, values, color=BLUE, linewidth=2)
+        ax.errorbar(numbers, values, yerr=self.residuals.numpy(), fmt="none", ecolor=GREY, capsize=4)
+        for chosen, inside, label in ((self.converged, BLUE, "converged"), (~self.converged, "white", "not converged")):
+            if chosen.any():
+                ax.plot(numbers[chosen], values[chosen.numpy()], "o", color=BLUE, markerfacecolor=inside, label=label)
+        if not self.converged.all():
+            ax.legend()
+        ax.axhline(0, color=GREY, linewidth=0.6)
+        ax.set_xticks(numbers[:: max(1, len(numbers) // 20)].tolist())
+        ax.set(xlabel="number of the eigenvalue", ylabel="eigenvalue")
+        return ax
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but the vectors, for JSON."""
