@@ -62,6 +62,11 @@ class QuantizedLayer(nn.Module):
         convolutions and embeddings."""
         return self.scale.dim() == 1 and self.operation is not EMBEDDING and not self.form.is_transposed
 
+    @property
+    def may_saturate(self) -> bool:
+        """Whether codes are so large that x64 processors without VNNI multiply them wrongly, unless they are asked not to."""
+        return self.has_integer_kernel and (int(self.codes.min()) < -64 or int(self.codes.max()) > 63)
+
     def lowest_codes(self) -> torch.Tensor | None:
         """The least of the codes that each scale stands for, shaped like the scale, in int8; None where -2^(bits-1) will do."""
         low, high = signed_range(self.bits)

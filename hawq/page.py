@@ -33,6 +33,7 @@ def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: Quantiz
         rows=comparison(report),
         fidelity=_fidelity(report),
         left_in_float=_left_in_float(report),
+        saturation=_saturation(report),
         flips=[row["name"] for row in report["layers"] if row["bits_range"] and len(set(row["bits_range"])) > 1],
     )
 
@@ -83,6 +84,18 @@ def _fidelity(report: Mapping[str, Any]) -> str:
     )
 
 
+def _saturation(report: Mapping[str, Any]) -> list[str]:
+    """How the file must be opened where processors have no VNNI, as a line of text, if that matters."""
+    layers = len(report["onnx"]["may_saturate"])
+    if not layers:
+        return []
+    have = "layers have" if layers > 1 else "layer has"
+    return [
+        f"{layers} {have} codes beyond -64 to 63: on x64 processors without VNNI open model.onnx with "
+        "session.x64quantprecision=1, as was done here, or leave 8 out of --bits"
+    ]
+
+
 def _left_in_float(report: Mapping[str, Any]) -> list[str]:
     """What was not quantized, as a line of text, if anything."""
     left: Mapping[str, int] = report["float_weights"]
@@ -109,6 +122,7 @@ def summary(report: Mapping[str, Any], folder: Path) -> str:
         f"bits by layer: {bits} ({proof})",
         _fidelity(report),
         *_left_in_float(report),
+        *_saturation(report),
         *(f"not measured: {what}: {why}" for what, why in report["not_measured"].items()),
         f"report: {folder / 'report.html'}",
     ]

@@ -97,6 +97,7 @@ def quantize(options: Options, processes: Processes) -> dict[str, Any] | None:
             "model.onnx": len(onnx_files["quantized"]),
         },
         kernels=explain_kernels(onnx_files["quantized"]),
+        may_saturate=[name for name, layer in model.layers().items() if options.activations and layer.may_saturate],
         integers=integers,
         latency=latency,
         measured=measured,

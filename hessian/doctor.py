@@ -44,6 +44,7 @@ def examine() -> dict[str, Any]:
             for name, (enables, needs) in EXTRAS.items()
         },
         "integer_kernels": kernels() if find_spec("onnx") and find_spec("onnxruntime") else None,
+        "exact_products": products_are_exact() if find_spec("onnx") and find_spec("onnxruntime") else None,
         "self_test": self_test(),
     }
 
@@ -80,6 +81,17 @@ def kernels() -> dict[str, dict[str, Any]]:
     return found
 
 
+def products_are_exact() -> bool:
+    """Whether onnxruntime's default kernels add products of large bytes without saturation: x64 without VNNI does not."""
+    from onnx import TensorProto, helper
+
+    codes = torch.full((64, 1), 127, dtype=torch.int8)
+    model = _model([helper.make_node("MatMulInteger", ["x", "codes"], ["y"])], (1, 64), {"codes": codes}, TensorProto.UINT8)
+    run, _ = _session(model)
+    largest = torch.full((1, 64), 255, dtype=torch.uint8)
+    return run(largest.numpy())[0].item() == 64 * 255 * 127
+
+
 def _float_model(operation: str, input_shape: Sequence[int], codes: torch.Tensor) -> Any:
     from onnx import helper
 
@@ -103,12 +115,13 @@ def _quantized_model(operation: str, input_shape: Sequence[int], codes: torch.Te
     return _model(nodes, input_shape, constants)
 
 
-def _model(nodes: Sequence[Any], input_shape: Sequence[int], constants: Mapping[str, torch.Tensor]) -> Any:
+def _model(
+    nodes: Sequence[Any], input_shape: Sequence[int], constants: Mapping[str, torch.Tensor], input_type: int | None = None
+) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
-    x, y = (
-        helper.make_tensor_value_info(*one) for one in (("x", TensorProto.FLOAT, input_shape), ("y", TensorProto.FLOAT, None))
-    )
+    x = helper.make_tensor_value_info("x", input_type or TensorProto.FLOAT, input_shape)
+    y = helper.make_tensor_value_info("y", TensorProto.INT32 if input_type else TensorProto.FLOAT, None)
     values = [numpy_helper.from_array(value.numpy(), name) for name, value in constants.items()]
     graph = helper.make_graph(nodes, "kernel", [x], [y], values)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -169,6 +182,10 @@ def text(found: Mapping[str, Any]) -> str:
     for name, kernel in (found["integer_kernels"] or {}).items():
         how = "8-bit, on integers" if kernel["on_integers"] else "in float"
         lines.append(f"  {name:13}{how}, {kernel['speedup']:.2f} x float's speed on one thread")
+    if found["exact_products"] is False:
+        lines.append(
+            "  products     of codes beyond -64 to 63 saturate (no VNNI): open 8-bit files with session.x64quantprecision=1"
+        )
     lines.append("extras")
     for name, extra in found["extras"].items():
         state = f"{', '.join(extra['missing'])} missing (the extra [{name}])" if extra["missing"] else "installed"

@@ -32,7 +32,14 @@ def test_the_doctor_finds_what_is_here(capsys):
     assert found["machine"]["free_memory_bytes"] is None or found["machine"]["free_memory_bytes"] > 2**20
     assert found["extras"]["onnx"]["missing"] == []
     assert set(found["integer_kernels"]) == {"Conv", "MatMul"}
+    assert isinstance(found["exact_products"], bool)
     assert all(kernel["on_integers"] and kernel["speedup"] > 0 for kernel in found["integer_kernels"].values())
+
+
+def test_the_doctor_says_what_saturates(capsys, monkeypatch):
+    monkeypatch.setattr(doctor, "products_are_exact", lambda: False)
+    doctor.main([])
+    assert "session.x64quantprecision=1" in capsys.readouterr().out
 
 
 def test_the_doctor_says_what_is_missing(capsys, monkeypatch):

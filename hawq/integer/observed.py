@@ -31,7 +31,6 @@ class ObservedRuntime:
 
     def __init__(self, model: QuantizedModel) -> None:
         import onnx
-        import onnxruntime
 
         content = onnx_export.to_bytes(model, model.example)
         exported = onnx.load_from_string(content).graph
@@ -44,12 +43,7 @@ class ObservedRuntime:
             if value not in present:
                 uint8 = onnx.helper.make_tensor_value_info(value, onnx.TensorProto.UINT8, None)
                 optimized.graph.output.append(uint8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = 1
-        options.log_severity_level = 3
-        options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
-        providers = ["CPUExecutionProvider"]
-        self._session = onnxruntime.InferenceSession(optimized.SerializeToString(), options, providers=providers)
+        self._session = runtime.open_session(optimized.SerializeToString(), threads=1, level="none")
         self.shipped = runtime.network(content)
 
     def __call__(self, inputs: torch.Tensor) -> Observed:
