@@ -20,11 +20,6 @@ class Evaluation:
     outputs: torch.Tensor
 
 
-def metric_text(value: float) -> str:
-    """A share in per cent; a metric that is no share as it is."""
-    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
-
-
 @torch.no_grad()
 def evaluate(
     network: Callable[[torch.Tensor], torch.Tensor], task: Task, batches: Any, *, progress: str | None = None

@@ -7,10 +7,10 @@ from typing import Any
 from torch import fx
 
 from hawq import figures
-from hawq.evaluation import metric_text
 from hawq.graph import get_tensor
 from hawq.model import QuantizedModel
 from hessian.page import render_page
+from hessian.tables import metric_text
 
 
 def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel) -> str:

@@ -38,16 +38,18 @@ def spectrum(result: Spectrum, top: Eigenpairs, outliers: Sequence[float], sigma
             )
             free_from = value
     end = result.smallest.value
-    if end < free_from - _LABEL_GAP * (high - low):
+    shows_end = end < free_from - _LABEL_GAP * (high - low)
+    if shows_end:
         axes.plot([end, end], [axes.get_ylim()[0], height], color=GREEN, linewidth=1.0)
         axes.text(end, 1.3 * height, f"{end:.2g}", rotation=90, ha="center", va="bottom", fontsize=8, color=GREEN)
     marks = [
         axes.plot([], [], style, color=colour, label=label)[0]
-        for style, colour, label in (
-            (":", ORANGE, "eigenvalue apart from the bulk"),
-            (":", GREY, "other eigenvalue computed"),
-            ("-", GREEN, "smallest eigenvalue"),
+        for style, colour, label, drawn in (
+            (":", ORANGE, "eigenvalue apart from the bulk", bool(outliers)),
+            (":", GREY, "other eigenvalue computed", len(outliers) < len(top.values)),
+            ("-", GREEN, "smallest eigenvalue", shows_end),
         )
+        if drawn
     ]
     axes.legend(handles=marks, fontsize=8, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
     magnitudes = figure.add_subplot(2, 1, 2)

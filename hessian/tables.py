@@ -1,7 +1,12 @@
-"""Results as tables: aligned text in a terminal, HTML in a notebook."""
+"""Results as text: tables, aligned in a terminal and HTML in a notebook, and metrics."""
 
 import html
 from abc import abstractmethod
+
+
+def metric_text(value: float) -> str:
+    """A share in per cent; a metric that is no share as it is."""
+    return f"{value:.2%}" if 0 <= value <= 1 else f"{value:.4g}"
 
 
 class Table:

@@ -20,6 +20,7 @@ import hessian
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.processes import FirstRankError, Processes, RankLostError, joined, leave
+from hessian.tables import metric_text
 from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
 from parallel.metrics import Metrics, without_nan
 from parallel.optimizers import KFAC
@@ -81,10 +82,10 @@ class Run:
             evaluation = trainer.evaluate()
             row = row | {"evaluation_metric": evaluation.metric, "evaluation_loss": evaluation.loss}
             logger.info(
-                "step %d: loss %.4g, evaluation metric %.4f, loss %.4g",
+                "step %d: loss %.4g, evaluation metric %s, loss %.4g",
                 trainer.step,
                 row["loss"],
-                evaluation.metric,
+                metric_text(evaluation.metric),
                 evaluation.loss,
             )
         if self.metrics is not None:

@@ -12,6 +12,8 @@ from matplotlib.ticker import NullFormatter
 from hessian.colours import BLUE, GREEN, GREY, ORANGE
 from hessian.drawing import to_inline_svg
 from hessian.page import render_page
+from hessian.tables import metric_text
+from parallel.train_options import Config
 
 
 def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]]) -> Figure:
@@ -70,7 +72,32 @@ def _narrow(rows: Sequence[Mapping[str, Any]]) -> bool:
 def render_html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The run as one self-contained page. rows: of metrics.jsonl."""
     picture = to_inline_svg(curves(rows, report["rollbacks"])) if rows else None
-    return render_page("parallel", "train_report.html.jinja", report=report, picture=picture, facts=facts(report))
+    chosen, defaults = settings(report["config"])
+    return render_page(
+        "parallel",
+        "train_report.html.jinja",
+        report=report,
+        picture=picture,
+        facts=facts(report),
+        chosen=chosen,
+        defaults=defaults,
+    )
+
+
+def settings(config: Mapping[str, Any]) -> tuple[dict[str, str], dict[str, str]]:
+    """The options that were chosen, and those left as they are by default, as a command line writes them."""
+    usual = Config(config["task"]).to_dict()
+    parts: tuple[dict[str, str], dict[str, str]] = ({}, {})
+    for name, value in config.items():
+        if name != "task":
+            parts[value == usual[name]]["--" + name.replace("_", "-")] = _option_text(value)
+    return parts
+
+
+def _option_text(value: Any) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "not given", True: "yes", False: "no"}[value]
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -78,7 +105,7 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     evaluation = report["evaluation"]
     ranks = report["world_size"]
     found = [
-        ("evaluation metric", f"{_number(evaluation['metric']):.4f}"),
+        ("evaluation metric", metric_text(_number(evaluation["metric"]))),
         ("evaluation loss", f"{_number(evaluation['loss']):.5g}"),
         ("steps", f"{report['steps']:,}"),
         ("examples", f"{report['examples']:,}"),
@@ -88,7 +115,9 @@ def facts(report: Mapping[str, Any]) -> list[tuple[str, str]]:
     attacked = report["attacked"]
     if attacked is not None:
         name, moved = attacked["attack"], attacked["perturbation"]
-        found.insert(1, (f"metric under {name}", f"{attacked['metric']:.4f} (inputs moved by {moved:.1%} of their norm)"))
+        found.insert(
+            1, (f"metric under {name}", f"{metric_text(attacked['metric'])} (inputs moved by {moved:.1%} of their norm)")
+        )
     if report["curvature_seconds"] > 0.001:
         share = report["curvature_seconds"] / report["seconds"]
         found.append(("of which on curvature", f"{report['curvature_seconds']:.1f} ({share:.1%})"))

@@ -25,6 +25,7 @@ from parallel.replica import whole
 from parallel.run_state import numbers_of, restore, tensors_of
 from parallel.train import train
 from parallel.train_options import Config, parse, read_toml
+from parallel.train_report import settings
 from parallel.trainer import Trainer
 from tests.ranks import run_on_ranks
 from tests.training_tasks import images, network, small
@@ -432,3 +433,11 @@ def test_command_line_and_file_say_the_same(tmp_path):
     file.write_text('seed = "three"')
     with pytest.raises(ValueError, match="seed = 'three' is not of type int"):
         read_toml(file)
+
+
+def test_a_report_shows_the_options_that_were_chosen_before_the_others():
+    config = Config("any", batch_size=32, learning_rate=0.1, shard=True)
+    chosen, defaults = settings(config.to_dict())
+    assert chosen == {"--batch-size": "32", "--learning-rate": "0.1", "--shard": "yes"}
+    assert (defaults["--epochs"], defaults["--resume"], defaults["--momentum"]) == ("not given", "no", "0.9")
+    assert len(chosen) + len(defaults) == len(config.to_dict()) - 1
