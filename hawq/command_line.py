@@ -7,7 +7,7 @@ from hawq.options import Options
 from hawq.rounding import ROUNDINGS
 from hawq.sensitivity import METHODS
 from hawq.widths import parse_widths
-from hessian.command_line import add_completion
+from hessian.command_line import Parser, add_completion
 
 _WIDTHS = ("2", "3", "4", "5", "6", "7", "8")
 _EXAMPLES = 256  # for curvature and calibration
@@ -24,21 +24,21 @@ def parse(arguments: list[str] | None = None) -> Options:
         values["calibration_size"] = _DISTILLED if values["data_free"] else _EXAMPLES
     widths = set(values["activations"])
     if None in widths and len(widths) > 1:
-        line.error("argument --activations: none leaves all activations in float: give it alone")
+        line.error("--activations: none leaves all activations in float: give it alone")
     values["activations"] = tuple(sorted(widths - {None}))
     try:
         values["layer_bits"] = parse_widths(values["layer_bits"]) or None
     except ValueError as error:
-        line.error(f"argument --layer-bits: {error}")
+        line.error(f"--layer-bits: {error}")
     for glob, listed in (values["layer_bits"] or {}).items():
         if not {*map(str, listed)} <= {*_WIDTHS}:
-            line.error(f"argument --layer-bits: {glob}={','.join(map(str, listed))}: widths are whole numbers from 2 to 8")
+            line.error(f"--layer-bits: {glob}={','.join(map(str, listed))}: widths are whole numbers from 2 to 8")
     return Options(**values)
 
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m hawq.quantize",
         description="Shrink a trained network: per-layer bits from its curvature, packed weights, an ONNX file that runs "
         "on integer kernels, and a report that shows why.",

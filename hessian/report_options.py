@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hessian.command_line import add_completion
+from hessian.command_line import Parser, add_completion
 
 _SECONDS = 100.0  # that the products of a run may take where its options leave a choice
 _PRODUCTS_OF_A_BLOCK = 4  # for a tensor's top eigenvalue, in products with all parameters: some ten, at less than half the cost
@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m hessian",
         description="The curvature of a network's loss: eigenvalues, their density, traces by layer and the landscape, each "
         "with its error, as report.json, report.html and PNG figures; of the network in evaluation mode.",

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 from torch import distributed
 
 import hessian
-from hessian.command_line import add_completion, reserve_stdout, write_result
+from hessian.command_line import Parser, add_completion, reserve_stdout, write_result
 from hessian.drawing import to_png, to_svg
 from hessian.files import write_atomically
 from hessian.objective import batches_of
@@ -52,7 +52,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m parallel.plan",
         description="The grid of ranks and the layout of every layer that communicate least, by the alpha-beta model.",
         epilog="""examples:

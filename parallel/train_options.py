@@ -10,7 +10,8 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from hessian.command_line import add_completion
+from hessian.command_line import Parser, add_completion
+from hessian.spelling import did_you_mean
 from parallel.adversarial import ATTACKS
 from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
@@ -138,7 +139,9 @@ class Config:
             choices = item.metadata.get("choices")
             value = getattr(self, item.name)
             if choices and value not in choices and value != item.default:
-                raise ValueError(f"{_flag(item.name)} {value}: choose one of {', '.join(choices)}")
+                raise ValueError(
+                    f"{_flag(item.name)} {value}: choose one of {', '.join(choices)}{did_you_mean(value, choices, str)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
@@ -172,7 +175,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in types:
-            raise ValueError(f"{path}: there is no option {key!r}; there are {', '.join(types)}")
+            raise ValueError(f"{path}: there is no option {key!r}{did_you_mean(name, types)}; there are {', '.join(types)}")
         wanted = _kind(types[name])
         if wanted is float and type(value) is int:
             value = float(value)
@@ -186,7 +189,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Every option, with its unit; options that are not given are absent from the result."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m parallel.train",
         description="Train a task's network on one process, or on many by torchrun, as one process would.",
         epilog="""examples:
