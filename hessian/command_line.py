@@ -1,15 +1,19 @@
 """What the command lines share: usage errors of one line, a standard output for the result alone, completion by shells."""
 
 import argparse
+import math
 import os
 import re
 import sys
 import time
+from collections.abc import Callable
 from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
 from hessian.spelling import did_you_mean
+
+LARGEST_SEED = 2**63 - 1  # and room above it for those of a run's stages: torch takes 64 bits
 
 _OPTION = re.compile(r"--?[A-Za-z][\w-]+")
 _PATIENCE = 10.0  # seconds for the first process to speak for all
@@ -43,6 +47,38 @@ class Parser(argparse.ArgumentParser):
         who = "" if rank == "0" else f"rank {rank}: "
         said = " ".join(message.removeprefix("argument ").split())
         self.exit(2, f"{who}error: {said}; {self.prog} --help lists the options\n")
+
+
+def whole_number(least: int, most: int | None = None) -> Callable[[str], int]:
+    """For an option's `type`: reads a whole number within these bounds."""
+    bounds = f"of at least {least}" if most is None else f"from {least} to {most}"
+
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least or (most is not None and value > most):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number {bounds}")
+        return value
+
+    return read
+
+
+def number(*, above: float = -math.inf, least: float = -math.inf) -> Callable[[str], float]:
+    """For an option's `type`: reads a finite number within these bounds."""
+    bounds = f"above {above:g}" if least == -math.inf else f"of at least {least:g}"
+
+    def read(text: str) -> float:
+        try:
+            value = float(text)
+        except ValueError:
+            value = math.nan
+        if not (above < value < math.inf and least <= value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not a finite number {bounds}")
+        return value
+
+    return read
 
 
 def reserve_stdout() -> TextIO:

@@ -14,7 +14,7 @@ from typing import Any, NoReturn, TextIO
 from torch import distributed
 
 import hessian
-from hessian.command_line import Parser, add_completion, reserve_stdout, write_result
+from hessian.command_line import Parser, add_completion, number, reserve_stdout, whole_number, write_result
 from hessian.drawing import to_png, to_svg
 from hessian.files import write_atomically
 from hessian.objective import batches_of
@@ -27,6 +27,7 @@ from parallel.measure import measure
 from parallel.planner import Plans, best_plans
 
 ALPHA, BETA = 2e-6, 1 / 6e9  # Gholami et al., SPAA 2018: 2 microseconds, 6 GB/s
+_MOST_RANKS = 10**6  # every number up to it is tried as a grid's side
 
 
 @dataclass(frozen=True)
@@ -62,18 +63,17 @@ def parser() -> argparse.ArgumentParser:
 exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a network that cannot be planned""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
-    result.add_argument("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
-    result.add_argument("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
-    result.add_argument("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
-    result.add_argument("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
-    result.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
-    result.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
-    result.add_argument(
-        "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG"
-    )
-    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = result.add_argument
+    add("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
+    add("--world-size", type=whole_number(1, _MOST_RANKS), required=True, metavar="P", help="ranks to plan for")
+    add("--batch-size", type=whole_number(1), required=True, metavar="B", help="examples a step, over all ranks")
+    add("--alpha", type=number(least=0), default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
+    add("--beta", type=number(least=0), default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
+    add("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
+    add("--memory", type=number(above=0), metavar="BYTES", help="that a rank may keep (default: no limit)")
+    add("--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--debug", action="store_true", help="show the traceback of an error")
     add_completion(result, "parallel-plan")
     return result
 
