@@ -18,6 +18,7 @@ from hessian.command_line import Parser, add_completion, number, reserve_stdout,
 from hessian.drawing import to_png, to_svg
 from hessian.files import write_atomically
 from hessian.objective import batches_of
+from hessian.spelling import did_you_mean
 from hessian.task import UnknownTaskError
 from parallel import plan_figures
 from parallel.architectures import ARCHITECTURES
@@ -85,7 +86,8 @@ def layers_of(task: str) -> list[LayerShape]:
     try:
         loaded = hessian.load_task(task)
     except UnknownTaskError as error:
-        raise UnknownTaskError(f"{error}; networks that need no task: {', '.join(ARCHITECTURES)}") from error
+        hint = did_you_mean(task, ARCHITECTURES)
+        raise UnknownTaskError(f"{error}; networks that need no task: {', '.join(ARCHITECTURES)}{hint}") from error
     inputs = next(iter(batches_of(loaded.train, 1)))[0]
     return describe(loaded.model, inputs)
 

@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Any, get_args, get_type_hints
 
 from hessian.command_line import LARGEST_SEED, Parser, add_completion
-from hessian.spelling import did_you_mean
+from hessian.spelling import did_you_mean, require_file
 from parallel.adversarial import ATTACKS
 from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
@@ -176,7 +176,8 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a TOML file; ValueError for keys and types that Config has not."""
+    """The fields in a TOML file; ValueError where there is none, and for keys and types that Config has not."""
+    require_file(Path(path), "config file")
     try:
         content = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as error:

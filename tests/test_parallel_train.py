@@ -426,6 +426,8 @@ def test_command_line_and_file_say_the_same(tmp_path):
     file.write_text('task = "digits-resnet20"\nbatch-size = 32\nema = 0.9\nflip = true\nepochs = 2\nout = "x"\n')
     config = parse(["--config", str(file), "--batch-size", "16", "--no-flip"])
     assert config == Config("digits-resnet20", Path("x"), batch_size=16, ema=0.9, flip=False, epochs=2.0)
+    with pytest.raises(ValueError, match=r"run\.tml' does not exist \(did you mean .*run\.toml'\?\)"):
+        read_toml(tmp_path / "run.tml")
     file.write_text("batch-sizes = 3")
     with pytest.raises(ValueError, match=r"there is no option 'batch-sizes' \(did you mean 'batch_size'\?\)"):
         read_toml(file)
