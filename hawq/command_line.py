@@ -7,7 +7,7 @@ from hawq.options import Options
 from hawq.rounding import ROUNDINGS
 from hawq.sensitivity import METHODS
 from hawq.widths import parse_widths
-from hessian.command_line import add_completion
+from hessian.command_line import LARGEST_SEED, Parser, add_completion, whole_number
 
 _WIDTHS = ("2", "3", "4", "5", "6", "7", "8")
 _EXAMPLES = 256  # for curvature and calibration
@@ -24,21 +24,21 @@ def parse(arguments: list[str] | None = None) -> Options:
         values["calibration_size"] = _DISTILLED if values["data_free"] else _EXAMPLES
     widths = set(values["activations"])
     if None in widths and len(widths) > 1:
-        line.error("argument --activations: none leaves all activations in float: give it alone")
+        line.error("--activations: none leaves all activations in float: give it alone")
     values["activations"] = tuple(sorted(widths - {None}))
     try:
         values["layer_bits"] = parse_widths(values["layer_bits"]) or None
     except ValueError as error:
-        line.error(f"argument --layer-bits: {error}")
+        line.error(f"--layer-bits: {error}")
     for glob, listed in (values["layer_bits"] or {}).items():
         if not {*map(str, listed)} <= {*_WIDTHS}:
-            line.error(f"argument --layer-bits: {glob}={','.join(map(str, listed))}: widths are whole numbers from 2 to 8")
+            line.error(f"--layer-bits: {glob}={','.join(map(str, listed))}: widths are whole numbers from 2 to 8")
     return Options(**values)
 
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m hawq.quantize",
         description="Shrink a trained network: per-layer bits from its curvature, packed weights, an ONNX file that runs "
         "on integer kernels, and a report that shows why.",
@@ -62,7 +62,9 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
     _add_rounding(result)
     _add_data(result)
     add("--pareto", action="store_true", help="measure the whole frontier, and all the predictions, however long it takes")
-    add("--seed", type=int, default=0, metavar="S", help="seed of all sampling (default: %(default)s)")
+    add(
+        "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help="seed of all sampling (default: %(default)s)"
+    )
     add("--drop-unreached", action="store_true", help="accept that weights which the data never reach are left out")
     add(
         "--extra-formats",
@@ -84,7 +86,7 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage""",
 def _add_budgets(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("budgets (any of them together; default: --avg-bits 4)").add_argument
     add("--avg-bits", type=float, metavar="X", help="bits a weight, on average over all quantized weights")
-    add("--max-size", type=int, metavar="BYTES", help="size of model.safetensors in bytes")
+    add("--max-size", type=whole_number(1), metavar="BYTES", help="size of model.safetensors in bytes")
     add(
         "--max-bops",
         type=float,
@@ -138,7 +140,7 @@ def _add_widths(result: argparse.ArgumentParser) -> None:
 def _add_rounding(result: argparse.ArgumentParser) -> None:
     add = result.add_argument_group("rounding and repair").add_argument
     add("--rounding", choices=tuple(ROUNDINGS), default="nearest", help="how weights are rounded (default: %(default)s)")
-    add("--group-size", type=int, metavar="N", help="weights that share a scale (default: a channel's)")
+    add("--group-size", type=whole_number(1), metavar="N", help="weights that share a scale (default: a channel's)")
     add("--symmetric", action="store_true", help="no offsets: weights' codes are centred at zero")
     add("--equalize", action="store_true", help="even out channels' ranges between layers, before rounding")
     add("--smooth", action="store_true", help="move activations' outliers into the weights (SmoothQuant), before rounding")
@@ -159,7 +161,7 @@ def _add_rounding(result: argparse.ArgumentParser) -> None:
         default="mse",
         help="how activation ranges are chosen (default: %(default)s)",
     )
-    add("--finetune", type=int, default=0, metavar="EPOCHS", help="train the rounded network for so many epochs")
+    add("--finetune", type=whole_number(0), default=0, metavar="EPOCHS", help="train the rounded network for so many epochs")
     add("--finetune-order", choices=("hawq-v1",), help="round layer after layer while training, most sensitive first")
 
 
@@ -172,12 +174,12 @@ def _add_data(result: argparse.ArgumentParser) -> None:
     )
     add(
         "--calibration-size",
-        type=int,
+        type=whole_number(1),
         metavar="N",
         help=f"examples for curvature and calibration (default: {_EXAMPLES}; {_DISTILLED} where they are distilled)",
     )
     add("--no-augment", dest="augment", action="store_false", help="take calibration examples as they are")
-    add("--batch-size", type=int, default=128, metavar="N", help="examples at a time (default: %(default)s)")
+    add("--batch-size", type=whole_number(1), default=128, metavar="N", help="examples at a time (default: %(default)s)")
 
 
 def _activation_width(text: str) -> int | None:

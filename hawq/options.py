@@ -76,16 +76,8 @@ class Options:
 
     def check(self) -> None:
         """Raise UsageError for values that contradict each other or their range."""
-        narrowest = min(self.offered_bits)
-        if self.avg_bits is not None and not math.isfinite(self.avg_bits):
-            raise UsageError(f"--avg-bits {self.avg_bits}: give a number of bits a weight")
-        if self.avg_bits is not None and self.avg_bits < narrowest:
-            remedy = f"add {math.floor(self.avg_bits)} to --bits" if self.avg_bits >= 2 else "raise --avg-bits"
-            raise UsageError(
-                f"average of {self.avg_bits:g} bits asked for, but the narrowest width offered is {narrowest}: {remedy}"
-            )
-        if self.max_size is not None and self.max_size <= 0:
-            raise UsageError(f"--max-size {self.max_size}: give a positive number of bytes")
+        if self.avg_bits is not None:
+            self._check_average(self.avg_bits)
         for name, value, of_what in (
             ("--max-bops", self.max_bops, "bit operations"),
             ("--max-latency", self.max_latency, "seconds"),
@@ -94,15 +86,24 @@ class Options:
                 raise UsageError(f"{name} {value}: give a positive fraction of the {of_what} at 8 bits")
         if self.max_drop is not None and not 0 <= self.max_drop < math.inf:
             raise UsageError(f"--max-drop {self.max_drop}: give how far the metric may fall, such as 0.01")
-        if self.calibration_size < 1 or self.batch_size < 1:
-            raise UsageError("--calibration-size and --batch-size must be positive numbers of examples")
-        if self.finetune < 0:
-            raise UsageError(f"--finetune {self.finetune}: give a number of epochs")
+        if self.data_free and self.calibration_size < 2:
+            raise UsageError(
+                f"--calibration-size {self.calibration_size}: distilled inputs have statistics from two on: raise it"
+            )
         if self.finetune_order is not None and not self.finetune:
             raise UsageError(f"--finetune-order {self.finetune_order} needs --finetune EPOCHS")
-        if self.group_size is not None and self.group_size < 1:
-            raise UsageError(f"--group-size {self.group_size}: give a positive number of weights")
         self._check_activations()
+
+    def _check_average(self, average: float) -> None:
+        narrowest, widest = min(self.offered_bits), max(self.offered_bits)
+        if not math.isfinite(average):
+            raise UsageError(f"--avg-bits {average}: give a number of bits a weight")
+        if average < narrowest:
+            remedy = f"add {math.floor(average)} to --bits" if average >= 2 else "raise --avg-bits"
+            raise UsageError(f"average of {average:g} bits asked for, but the narrowest width offered is {narrowest}: {remedy}")
+        if average > widest:
+            remedy = f"add {math.ceil(average)} to --bits" if average <= 8 else f"--avg-bits {widest} leaves all at it"
+            raise UsageError(f"average of {average:g} bits asked for, but the widest width offered is {widest}: {remedy}")
 
     def _check_activations(self) -> None:
         if self.activations and 8 not in self.activations:

@@ -19,7 +19,7 @@ import torch
 from torch import distributed
 
 import hessian
-from hessian.command_line import add_completion
+from hessian.command_line import Parser, add_completion
 from hessian.objective import Objective
 
 REQUIRED = ("torch", "numpy", "scipy", "matplotlib", "safetensors", "scikit-learn", "jinja2", "tqdm")
@@ -212,7 +212,7 @@ def _free_memory() -> int | None:
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m hessian.doctor", description="What this machine has, what is installed, and what each extra would add."
     )
     result.add_argument("--json", action="store_true", help="print JSON")

@@ -153,12 +153,9 @@ def joined(device: str = "cpu", timeout: float = 600.0, *, always: bool = True) 
     if 0 < len(missing) < len(_VARIABLES):
         there = ", ".join(name for name in _VARIABLES if name not in missing)
         raise ValueError(f"the environment has {there} but not {', '.join(missing)}: start with torchrun, or unset them")
+    place = _device(device)
     backend = "gloo"
-    place = torch.device(device)
     if place.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device {device}: this machine has no CUDA device")
-        place = torch.device("cuda", int(os.environ.get("LOCAL_RANK", place.index or 0)))
         torch.cuda.set_device(place)
         backend = "cpu:gloo,cuda:nccl"
     if missing and not always:
@@ -186,3 +183,21 @@ def joined(device: str = "cpu", timeout: float = 600.0, *, always: bool = True) 
         yield found
     finally:
         distributed.destroy_process_group()
+
+
+def _device(name: str) -> torch.device:
+    """This process's device of that kind; ValueError where the machine has none."""
+    try:
+        place = torch.device(name)
+        if place.type != "cuda":
+            torch.zeros(1, device=place).item()  # this torch may know devices that are not here
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: there is no such device here: give cpu or cuda") from error
+    if place.type != "cuda":
+        return place
+    if not torch.cuda.is_available():
+        raise ValueError(f"--device {name}: this machine has no CUDA device")
+    number, count = int(os.environ.get("LOCAL_RANK", place.index or 0)), torch.cuda.device_count()
+    if number >= count:
+        raise ValueError(f"--device {name}: this process would take CUDA device {number}, and those here are 0 to {count - 1}")
+    return torch.device("cuda", number)

@@ -4,7 +4,7 @@ import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from hessian.command_line import add_completion
+from hessian.command_line import LARGEST_SEED, Parser, add_completion, whole_number
 
 _SECONDS = 100.0  # that the products of a run may take where its options leave a choice
 _PRODUCTS_OF_A_BLOCK = 4  # for a tensor's top eigenvalue, in products with all parameters: some ten, at less than half the cost
@@ -94,11 +94,7 @@ class Options:
     debug: bool = False
 
     def check(self) -> None:
-        """Raise ValueError for values out of their range and for a folder that cannot be used."""
-        for name in ("examples", "batch_size", "eigenvalues", "probes", "steps"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} {value}: give a positive number")
+        """Raise ValueError for a folder that cannot be used."""
         for path in (self.out, *self.out.absolute().parents):
             if path.exists() and not path.is_dir():
                 raise ValueError(f"--out {self.out}: {path} is a file, not a folder")
@@ -106,7 +102,11 @@ class Options:
             raise ValueError(f"--out {self.out} is read-only: name another folder or change its permissions")
 
     def plan(self, available: int, num_params: int, num_tensors: int, cost: ProductCost | None) -> Plan:
-        """The most thorough plan within the time, with what the options ask for; None: whatever a product costs."""
+        """The most thorough plan within the time, with what the options ask for; None: whatever a product costs.
+
+        Raises ValueError for more eigenvalues than there are."""
+        if self.eigenvalues is not None and self.eigenvalues > num_params:
+            raise ValueError(f"--eigenvalues {self.eigenvalues}: the Hessian has {num_params:,}, one for each parameter")
         plans = [self._asked(plan, available, num_params) for plan in _PLANS]
         if cost is None:
             return plans[0]
@@ -144,7 +144,7 @@ def parse(arguments: list[str] | None = None) -> Options:
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m hessian",
         description="The curvature of a network's loss: eigenvalues, their density, traces by layer and the landscape, each "
         "with its error, as report.json, report.html and PNG figures; of the network in evaluation mode.",
@@ -162,11 +162,16 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a task that canno
     add("task", metavar="TASK", help=f"a built-in task ({built_in}) or package.module:function")
     add("--out", type=Path, metavar="DIR", help="folder for the results (default: out/TASK-curvature, a colon becoming a dash)")
     add("--weights", type=Path, metavar="FILE", help="weights for the task's model: safetensors, or a torch state dict")
-    add("--examples", type=int, metavar="N", help="training examples that the loss is averaged over (default: up to 256)")
-    add("--batch-size", type=int, metavar="N", help="examples at a time (default: all at once, which is fastest)")
-    add("--eigenvalues", type=int, metavar="K", help="largest eigenvalues to compute (default: up to 10)")
-    add("--probes", type=int, metavar="N", help="random probes of the density (default: up to 8)")
-    add("--steps", type=int, metavar="N", help="Lanczos steps of each probe (default: up to 60)")
+    add(
+        "--examples",
+        type=whole_number(1),
+        metavar="N",
+        help="training examples that the loss is averaged over (default: up to 256)",
+    )
+    add("--batch-size", type=whole_number(1), metavar="N", help="examples at a time (default: all at once, which is fastest)")
+    add("--eigenvalues", type=whole_number(1), metavar="K", help="largest eigenvalues to compute (default: up to 10)")
+    add("--probes", type=whole_number(1), metavar="N", help="random probes of the density (default: up to 8)")
+    add("--steps", type=whole_number(1), metavar="N", help="Lanczos steps of each probe (default: up to 60)")
     add(
         "--layers",
         "--layer-eigenvalues",
@@ -175,7 +180,9 @@ exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a task that canno
         help="the largest eigenvalue of each parameter tensor (default: where the time allows)",
     )
     add("--landscape", action=argparse.BooleanOptionalAction, default=True, help="the loss around the model (default: yes)")
-    add("--seed", type=int, default=0, metavar="S", help="seed of all sampling (default: %(default)s)")
+    add(
+        "--seed", type=whole_number(0, LARGEST_SEED), default=0, metavar="S", help="seed of all sampling (default: %(default)s)"
+    )
     add("--device", default="cpu", metavar="NAME", help="where to compute, such as cuda (default: %(default)s)")
     add("--json", action="store_true", help="print report.json, and nothing else, on standard output")
     add("--debug", action="store_true", help="show the traceback of an error")

@@ -1,9 +1,10 @@
 """Task: a model, its data, its loss and its metric; how a task is named on a command line; how weights are read."""
 
-import difflib
 import importlib
+import inspect
 import os
 import pickle
+import pkgutil
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from torch import nn
 from torch.utils.data import Dataset
 
 from hessian.objective import LossFunction
+from hessian.spelling import did_you_mean, require_file
 
 
 @dataclass(frozen=True)
@@ -44,19 +46,20 @@ def load_task(text: str, weights: str | os.PathLike[str] | None = None, *, pretr
 
     `weights`: a file of weights for the task's model (see `load_weights`); a built-in task then trains nothing.
     `pretrained=False`: the model of a built-in task has its initial weights.
-    Raises UnknownTaskError (a ValueError) for a name that leads nowhere, ValueError for an empty dataset or weights that
-    are not finite, TypeError for a function that returns no Task.
+    Raises UnknownTaskError (a ValueError) for a name that leads nowhere, ValueError for weights that are not there, do not
+    fit or are not finite and for an empty dataset, TypeError for a function that returns no Task.
     """
     from hessian.tasks import BUILT_IN
 
+    if weights is not None:
+        require_file(Path(weights), "weights file")  # before the task's own work
     if text in BUILT_IN:
         task = BUILT_IN[text](pretrained=pretrained and weights is None)
     elif ":" in text:
         task = _call(text)
     else:
-        near = difflib.get_close_matches(text, BUILT_IN, n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
-        if not near and text.isidentifier() and Path(f"{text}.py").is_file():
+        hint = did_you_mean(text, BUILT_IN)
+        if not hint and text.isidentifier() and Path(f"{text}.py").is_file():
             hint = f" (did you mean a function of that module, {text}:FUNCTION?)"
         raise UnknownTaskError(
             f"unknown task {text!r}{hint}: built-in tasks are {', '.join(BUILT_IN)}; name your own as package.module:function"
@@ -82,18 +85,25 @@ def _call(text: str) -> Task:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
             raise  # the module was found; something that it imports was not
-        raise UnknownTaskError(f"task {text!r}: there is no module {module_name!r} here or among the installed") from error
+        hint = _near_module(error.name)
+        raise UnknownTaskError(f"task {text!r}: there is no module {error.name!r} here or among the installed{hint}") from error
     function = getattr(module, attribute, None)
     if function is not None and not callable(function):
         raise UnknownTaskError(f"task {text!r}: {attribute!r} is a {type(function).__name__}, not a function")
     if function is None:
-        near = difflib.get_close_matches(attribute, dir(module), n=1)
-        hint = f" (did you mean {near[0]!r}?)" if near else ""
+        hint = did_you_mean(attribute, [name for name, value in vars(module).items() if inspect.isfunction(value)])
         raise UnknownTaskError(f"task {text!r}: module {module_name!r} has no function {attribute!r}{hint}")
     task = function()
     if not isinstance(task, Task):
         raise TypeError(f"task {text!r}: {attribute}() returned a {type(task).__name__}, not a hessian.Task")
     return task
+
+
+def _near_module(name: str) -> str:
+    """A hint at the module of a similar name in the same package, or wherever modules are found."""
+    package, dot, last = name.rpartition(".")
+    places = list(getattr(sys.modules[package], "__path__", [])) if dot else None
+    return did_you_mean(last, [one.name for one in pkgutil.iter_modules(places)], lambda near: repr(package + dot + near))
 
 
 def _check(task: Task) -> None:
@@ -125,8 +135,7 @@ def load_weights(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 def _read_state(path: Path) -> Mapping[str, torch.Tensor]:
-    if not path.is_file():
-        raise ValueError(f"weights file {str(path)!r} does not exist")
+    require_file(path, "weights file")
     if path.suffix == ".safetensors":
         try:
             return safetensors.torch.load_file(path)

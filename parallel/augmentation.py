@@ -43,7 +43,7 @@ class Augmentation:
     def images(self, images: torch.Tensor, step: int, batch_size: int, first: int) -> torch.Tensor:
         """Images (N, C, H, W), flipped and shifted, that are numbers `first` to `first + N` of the step's batch.
 
-        Raises ValueError for inputs that are no images.
+        Raises ValueError for inputs that are no images, and for shifts that would leave nothing of them.
         """
         if not self.changes_images:
             return images
@@ -51,6 +51,8 @@ class Augmentation:
             raise ValueError(
                 f"--flip and --shift move images (N, C, H, W), and the inputs have {images.dim()} dimensions: leave them out"
             )
+        if self.shift >= min(images.shape[2:]):
+            raise ValueError(f"--shift {self.shift}: the images have {images.shape[2]} x {images.shape[3]} pixels: give fewer")
         own = slice(first, first + len(images))
         random = keyed_generator("images", self.seed, step)
         mirrored = torch.randint(0, 2, (batch_size,), generator=random)[own].bool()

@@ -17,11 +17,12 @@ from matplotlib.figure import Figure
 from torch import distributed
 
 import hessian
-from hessian.command_line import add_completion, reserve_stdout, write_result
+from hessian.command_line import Parser, add_completion, number, reserve_stdout, whole_number, write_result
 from hessian.drawing import to_png, to_svg
 from hessian.drawn import STYLE
 from hessian.files import write_atomically
 from hessian.objective import batches_of
+from hessian.spelling import did_you_mean
 from hessian.task import UnknownTaskError
 from parallel.architectures import ARCHITECTURES
 from parallel.communication import AlphaBeta
@@ -30,6 +31,7 @@ from parallel.measure import measure
 from parallel.planner import Plans, best_plans, plot_by_ranks
 
 ALPHA, BETA = 2e-6, 1 / 6e9  # Gholami et al., SPAA 2018: 2 microseconds, 6 GB/s
+_MOST_RANKS = 10**6  # every number up to it is tried as a grid's side
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> Options:
 
 def parser() -> argparse.ArgumentParser:
     """Every option with its unit."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m parallel.plan",
         description="The grid of ranks and the layout of every layer that communicate least, by the alpha-beta model.",
         epilog="""examples:
@@ -65,18 +67,17 @@ def parser() -> argparse.ArgumentParser:
 exit codes: 0 done, 1 failed or interrupted, 2 wrong usage, or a network that cannot be planned""",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    result.add_argument("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
-    result.add_argument("--world-size", type=int, required=True, metavar="P", help="ranks to plan for")
-    result.add_argument("--batch-size", type=int, required=True, metavar="B", help="examples a step, over all ranks")
-    result.add_argument("--alpha", type=float, default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
-    result.add_argument("--beta", type=float, default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
-    result.add_argument("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
-    result.add_argument("--memory", type=float, metavar="BYTES", help="that a rank may keep (default: no limit)")
-    result.add_argument(
-        "--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG"
-    )
-    result.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    result.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    add = result.add_argument
+    add("task", metavar="TASK", help=f"{', '.join(ARCHITECTURES)}, a built-in task, or package.module:function")
+    add("--world-size", type=whole_number(1, _MOST_RANKS), required=True, metavar="P", help="ranks to plan for")
+    add("--batch-size", type=whole_number(1), required=True, metavar="B", help="examples a step, over all ranks")
+    add("--alpha", type=number(least=0), default=ALPHA, metavar="S", help=f"seconds a message (default: {ALPHA:g})")
+    add("--beta", type=number(least=0), default=BETA, metavar="S_PER_BYTE", help=f"seconds a byte (default: {BETA:.3g})")
+    add("--measure", action="store_true", help="measure alpha and beta among the ranks of this torchrun")
+    add("--memory", type=number(above=0), metavar="BYTES", help="that a rank may keep (default: no limit)")
+    add("--out", type=Path, metavar="DIR", help="write plan.json and the figures cost and layouts there, as PNG and SVG")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    add("--debug", action="store_true", help="show the traceback of an error")
     add_completion(result, "parallel-plan")
     return result
 
@@ -88,7 +89,8 @@ def layers_of(task: str) -> list[LayerShape]:
     try:
         loaded = hessian.load_task(task)
     except UnknownTaskError as error:
-        raise UnknownTaskError(f"{error}; networks that need no task: {', '.join(ARCHITECTURES)}") from error
+        hint = did_you_mean(task, ARCHITECTURES)
+        raise UnknownTaskError(f"{error}; networks that need no task: {', '.join(ARCHITECTURES)}{hint}") from error
     inputs = next(iter(batches_of(loaded.train, 1)))[0]
     return describe(loaded.model, inputs)
 

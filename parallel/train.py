@@ -14,12 +14,12 @@ from typing import Any, NoReturn, TextIO
 import safetensors.torch
 import torch
 from torch import distributed
-from tqdm.auto import tqdm
 
 import hessian
 from hessian.command_line import reserve_stdout, write_result
 from hessian.files import write_atomically
 from hessian.processes import FirstRankError, Processes, RankLostError, joined, leave
+from hessian.progress import up_to
 from hessian.tables import metric_text
 from parallel.checkpoint import Checkpoints, DamagedCheckpointError, check_space
 from parallel.metrics import Metrics, without_nan
@@ -57,9 +57,8 @@ class Run:
         """Take all steps that are left, whatever happens on the way; the last evaluation."""
         trainer = self.trainer
         evaluation = None
-        with tqdm(
-            total=trainer.steps, initial=trainer.step, desc="training", unit="step", disable=trainer.processes.rank > 0
-        ) as bar:
+        first = trainer.processes.rank == 0
+        with up_to(trainer.steps, "training", "step", initial=trainer.step, progress=first) as bar:
             while not trainer.done:
                 try:
                     for row in trainer.train():

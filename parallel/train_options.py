@@ -10,11 +10,14 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_type_hints
 
-from hessian.command_line import add_completion
+from hessian.command_line import LARGEST_SEED, Parser, add_completion
+from hessian.spelling import did_you_mean, require_file
 from parallel.adversarial import ATTACKS
 from parallel.learning_rate import RULES
 from parallel.optimizers import OPTIMIZERS
 from parallel.schedules import SCHEDULES
+
+_LONGEST_TIMEOUT = 1e9  # seconds: 32 years, which the clocks of processes can count
 
 
 def _option(default: Any, text: str, metavar: str | None = None, choices: Sequence[str] | None = None) -> Any:
@@ -115,9 +118,13 @@ class Config:
         for name in ("momentum", "label_smoothing", "warmup", "adversarial_share", *(["ema"] if self.ema is not None else [])):
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number from 0 to below 1")
-        for name in ("weight_decay", "mixup", "shift", "workers", "epsilon", *(["steps"] if self.steps is not None else [])):
+        from_0 = ("weight_decay", "mixup", "shift", "workers", "epsilon", "alpha", "beta", "seed")
+        for name in (*from_0, *(["steps"] if self.steps is not None else [])):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number of at least 0")
+        for name, most in (("seed", LARGEST_SEED), ("timeout", _LONGEST_TIMEOUT)):
+            if getattr(self, name) > most:
+                raise ValueError(f"{_flag(name)} {getattr(self, name)}: give a number of at most {most}")
         if self.steps is not None and self.epochs is not None:
             raise ValueError(f"--steps {self.steps} and --epochs {self.epochs:g}: give one of them")
         if self.plan not in (None, "auto"):
@@ -138,7 +145,9 @@ class Config:
             choices = item.metadata.get("choices")
             value = getattr(self, item.name)
             if choices and value not in choices and value != item.default:
-                raise ValueError(f"{_flag(item.name)} {value}: choose one of {', '.join(choices)}")
+                raise ValueError(
+                    f"{_flag(item.name)} {value}: choose one of {', '.join(choices)}{did_you_mean(value, choices, str)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON has them."""
@@ -158,11 +167,17 @@ def parse(arguments: Sequence[str] | None = None) -> Config:
     values.update({name: value for name, value in given.items() if name != "task" or value is not None})
     if "task" not in values:
         chosen.error("a TASK is needed, on the command line or in the file")
-    return Config(**values)
+    config = Config(**values)
+    try:
+        config.check()
+    except ValueError as error:
+        chosen.error(str(error))
+    return config
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The fields in a TOML file; ValueError for keys and types that Config has not."""
+    """The fields in a TOML file; ValueError where there is none, and for keys and types that Config has not."""
+    require_file(Path(path), "config file")
     try:
         content = tomllib.loads(Path(path).read_text())
     except tomllib.TOMLDecodeError as error:
@@ -172,7 +187,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
     for key, value in content.items():
         name = key.replace("-", "_")
         if name not in types:
-            raise ValueError(f"{path}: there is no option {key!r}; there are {', '.join(types)}")
+            raise ValueError(f"{path}: there is no option {key!r}{did_you_mean(name, types)}; there are {', '.join(types)}")
         wanted = _kind(types[name])
         if wanted is float and type(value) is int:
             value = float(value)
@@ -186,7 +201,7 @@ def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 def parser() -> argparse.ArgumentParser:
     """Every option, with its unit; options that are not given are absent from the result."""
-    result = argparse.ArgumentParser(
+    result = Parser(
         prog="python -m parallel.train",
         description="Train a task's network on one process, or on many by torchrun, as one process would.",
         epilog="""examples:

@@ -360,6 +360,10 @@ class Trainer:
             raise ValueError(f"--batch-size {size}{passes} is fewer examples than the {ranks} ranks that share it")
         if size > self.size:
             raise ValueError(f"--batch-size {size}: the training data has {self.size} examples")
+        if self.config.curvature_examples > max(self.size, Config.curvature_examples):
+            raise ValueError(
+                f"--curvature-examples {self.config.curvature_examples}: the training data has {self.size} examples"
+            )
 
     def _loss(self, model: Callable[[Any], Any], part: Part, mixing: float, *, counts: bool) -> torch.Tensor:
         """The loss of this rank's examples by `model`; 0 where none `counts`, of which a mean is not defined."""

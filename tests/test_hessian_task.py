@@ -43,6 +43,8 @@ number = 3
 @pytest.fixture
 def user_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "user_tasks.py").write_text(USER_MODULE)
+    (tmp_path / "package").mkdir()
+    (tmp_path / "package" / "tasks.py").write_text("")
     (tmp_path / "broken_tasks.py").write_text("import no_such_package_anywhere\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -131,7 +133,11 @@ def test_a_users_task(user_module):
     ("text", "error", "message"),
     [
         ("digits-resnet2", ValueError, r"unknown task 'digits-resnet2' \(did you mean 'digits-resnet20'\?\)"),
+        ("DIGITS-resnet20", ValueError, r"unknown task 'DIGITS-resnet20' \(did you mean 'digits-resnet20'\?\)"),
         ("no_such_module:task", ValueError, "there is no module 'no_such_module'"),
+        ("user_task:task", ValueError, r"no module 'user_task' here or among the installed \(did you mean 'user_tasks'\?\)"),
+        ("package.taks:task", ValueError, r"no module 'package\.taks' here .* \(did you mean 'package\.tasks'\?\)"),
+        ("user_tasks.deeper:task", ValueError, "there is no module 'user_tasks.deeper'"),
         ("user_tasks:tusk", ValueError, r"no function 'tusk' \(did you mean 'task'\?\)"),
         ("user_tasks:number", ValueError, "'number' is a int, not a function"),
         ("./user_tasks:task", ValueError, "'./user_tasks' is no name of a module"),
@@ -156,6 +162,25 @@ def test_weights_from_files(user_module):
     for name in ("w.safetensors", "w.pt", "nested.pt"):
         task = hessian.load_task("user_tasks:task", weights=user_module / name)
         assert all(torch.equal(tensor, changed[key]) for key, tensor in task.model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("w/modle.pt", r"weights file 'w/modle\.pt' does not exist \(did you mean 'w/model\.pt'\?\)"),
+        ("w/Model.safetensors", r"does not exist \(did you mean 'w/model\.safetensors'\?\)"),
+        ("w/quite-another.bin", r"weights file 'w/quite-another\.bin' does not exist$"),
+        ("v/model.pt", "weights file 'v/model.pt' does not exist: there is no folder 'v'"),
+        ("w", "weights file 'w' is a folder: name a file in it"),
+    ],
+)
+def test_weights_that_are_not_there_are_missed_before_the_task_is_built(user_module, monkeypatch, name, message):
+    (user_module / "w").mkdir()
+    for file in ("model.pt", "model.safetensors"):
+        (user_module / "w" / file).touch()
+    monkeypatch.setattr("hessian.task._call", lambda _: pytest.fail("built"))
+    with pytest.raises(ValueError, match=message):
+        hessian.load_task("user_tasks:task", weights=name)
 
 
 def test_weights_of_a_built_in_task_are_read_instead_of_trained(resnet20, tmp_path, monkeypatch):

@@ -196,7 +196,7 @@ def test_the_command_line_refuses_in_one_line(capsys):
     size = ("--world-size", "4", "--batch-size", "8")
     for arguments, message in (
         (("nothing", *size), "unknown task 'nothing'"),
-        (("gpt", *size, "--alpha", "-1"), "alpha is -1.0"),
+        (("resnet-50", *size), "networks that need no task: alexnet, resnet50, gpt (did you mean 'resnet50'?)"),
         (("gpt", *size, "--memory", "1e6"), "every plan needs"),
         (("gpt", *size, "--measure"), "torchrun"),
     ):

@@ -28,6 +28,7 @@ from hessian.objective import Data, LossFunction, Objective, count_examples
 from hessian.operators.curvature import as_objective, differentiable_twice
 from hessian.output_curvature import OutputCurvatureError, output_curvature_factors
 from hessian.output_loss import loss_in_double
+from hessian.progress import up_to
 from hessian.results import LayerReport, LayerRow
 from hessian.second_backward import CheapSecondBackward
 from hessian.structure import certify
@@ -188,7 +189,7 @@ def _sample(
     """z . (H z) of every module's activations for each probe, looked at after 32, 64, ... probes."""
     samples: dict[str, list[torch.Tensor]] = {name: [] for name in modules}
     count, look = 0, min(_MIN_PROBES, max_probes)
-    with tqdm(total=max_probes, desc="probes", unit="probe", disable=not progress) as bar:
+    with up_to(max_probes, "probes", "probe", progress=progress) as bar:
         while True:
             number, seed = look - count, objective.seed(generator)
             parts = objective.gathered(lambda: _own_probes(objective, modules, number, seed))  # noqa: B023  # called at once

@@ -5,7 +5,6 @@ from math import inf, isfinite, isnan, log2, nan, sqrt
 from typing import Literal, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from hessian.estimators.leave_one_out import RangeBasis, left_out, pair_weights
 from hessian.estimators.sampling import (
@@ -20,6 +19,7 @@ from hessian.estimators.sampling import (
     student_factor,
 )
 from hessian.operators.base import LinearOperator, NotExactError
+from hessian.progress import up_to
 from hessian.space import VectorSpace
 
 DiagonalMethod = Literal["auto", "exact", "xdiag", "hutchinson"]
@@ -104,7 +104,7 @@ def diagonal(
         except NotExactError as error:
             reason = str(error)
     limit = _DEFAULT_PRODUCTS[method] if max_matvecs is None else max_matvecs
-    with tqdm(total=limit, desc="diagonal", unit="product", disable=not progress) as bar:
+    with up_to(limit, "diagonal", "product", progress=progress) as bar:
         products = Products(A, limit, bar)
         if identity_is_due(products, method, _FIRST_PRODUCTS.get(method, 0), reason):
             return _exact(products.space, products.diagonal(), products.count)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from hessian.colours import BLUE, GREY
 from hessian.drawn import new_axes
@@ -14,6 +13,7 @@ from hessian.estimators.krylov_checkpoint import KrylovCheckpoint
 from hessian.estimators.lanczos import KrylovBasis
 from hessian.memory import available_bytes
 from hessian.operators.base import LinearOperator
+from hessian.progress import up_to
 from hessian.space import VectorSpace
 from hessian.tables import Table
 
@@ -142,7 +142,7 @@ def top_eigenpairs(
     else:
         search.begin(block, vectors)
     budget = 100 + 20 * k if max_matvecs is None else max_matvecs
-    with tqdm(total=budget, desc="eigenvalues", unit="product", disable=not progress) as bar:
+    with up_to(budget, "eigenvalues", "product", progress=progress) as bar:
         while not search.is_over() and basis.num_matvecs < budget:
             before = basis.num_matvecs
             search.step(budget - before)

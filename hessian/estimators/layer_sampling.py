@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from tqdm.auto import tqdm
 
 from hessian.estimators.exact_trace import exact_traces
 from hessian.estimators.sampled_trace import sampled_gauss_newton_traces
@@ -17,6 +16,7 @@ from hessian.estimators.sampling import standard_error
 from hessian.operators.gauss_newton import GaussNewton
 from hessian.operators.hessian import Hessian
 from hessian.parameters import requiring_grad
+from hessian.progress import up_to
 from hessian.results import LayerRow
 
 _PROBES_AT_ONCE = 8
@@ -51,7 +51,7 @@ def sampled_rows(
     parameters = operator.parameters
     known = _Known({}, {})
     samples = _Samples(operator, channels)
-    with tqdm(total=max_probes, desc="probes", unit="probe", disable=not progress) as bar:
+    with up_to(max_probes, "probes", "probe", progress=progress) as bar:
 
         def draw(count: int) -> None:
             while count > 0:

@@ -12,9 +12,9 @@ from math import hypot, isfinite
 
 import torch
 from scipy.linalg import eigh_tridiagonal
-from tqdm.auto import tqdm
 
 from hessian.operators.base import LinearOperator
+from hessian.progress import up_to
 from hessian.space import VectorSpace
 
 _PROBES_AT_ONCE = 8  # vectors in one product: one pass over the data serves them all
@@ -74,7 +74,7 @@ def lanczos_quadrature(
     kept = steps if reorthogonalize else min(2, steps)
     together = max(1, min(_PROBES_AT_ONCE, _BASIS_BYTES // (kept * space.size * space.dtype.itemsize)))
     recurrences: list[_Recurrence] = []
-    with tqdm(total=num_probes * steps, desc="Lanczos quadrature", unit="product", disable=not progress) as bar:
+    with up_to(num_probes * steps, "Lanczos quadrature", "product", progress=progress) as bar:
         while len(recurrences) < num_probes:
             count = min(together, num_probes - len(recurrences))
             # one draw for each, so that a seed means the same probes however many advance together

@@ -5,7 +5,6 @@ from math import hypot, inf, isfinite
 from typing import Any, Literal, get_args
 
 import torch
-from tqdm.auto import tqdm
 
 from hessian.estimators.leave_one_out import TraceSketch
 from hessian.estimators.sampling import (
@@ -21,6 +20,7 @@ from hessian.estimators.sampling import (
     standard_error,
 )
 from hessian.operators.base import LinearOperator, NotExactError
+from hessian.progress import up_to
 
 TraceMethod = Literal["auto", "exact", "hutchinson", "hutch++", "xtrace"]
 
@@ -116,7 +116,7 @@ def trace(
         except NotExactError as error:
             reason = str(error)
     limit = _DEFAULT_PRODUCTS[method] if max_matvecs is None else max_matvecs
-    with tqdm(total=limit, desc="trace", unit="product", disable=not progress) as bar:
+    with up_to(limit, "trace", "product", progress=progress) as bar:
         products = Products(A, limit, bar)
         if identity_is_due(products, method, _FIRST_PRODUCTS.get(method, 0), reason):
             return _by_identity(products)
