@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hessian.objective import LossFunction, Objective, count_examples, split_batch
+from hessian.batch import count_examples, split_batch
+from hessian.objective import LossFunction, Objective
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,

@@ -2,21 +2,20 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 from unittest import mock
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hessian.batch import count_examples, map_tensors, split_batch, tensors_of
 from hessian.space import VectorSpace
+from hessian.torch_losses import is_classification, loss_setting
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
@@ -283,78 +282,6 @@ def _is_pair(batch: Any) -> bool:
 
 def _is_one_batch(data: Any) -> bool:
     return _is_pair(data) and all(isinstance(part, torch.Tensor) for part in data)
-
-
-def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a batch or in a model's outputs; dicts, tuples, lists and dataclasses are followed."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from tensors_of(part)
-    elif isinstance(batch, tuple | list):
-        for part in batch:
-            yield from tensors_of(part)
-    elif _is_dataclass(batch):
-        for field in dataclasses.fields(batch):
-            yield from tensors_of(getattr(batch, field.name))
-
-
-def count_examples(batch: Any) -> int:
-    """The length of the first tensor that has one; ValueError if none has."""
-    for tensor in tensors_of(batch):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
-    raise ValueError(f"cannot count the examples of a {type(batch).__name__}: pass items=lambda batch: ...")
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """The batch with `function` applied to every tensor in it, otherwise of the same types."""
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    if _is_dataclass(batch):
-        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **{name: map_tensors(function, part) for name, part in parts.items()})
-    if isinstance(batch, MutableMapping):
-        mapped = copy.copy(batch)
-        for key, part in batch.items():
-            mapped[key] = map_tensors(function, part)
-        return mapped
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, part) for key, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        items = [map_tensors(function, part) for part in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
-def split_batch(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in pieces of `size` examples: tensors as long as the batch are cut, everything else is shared."""
-    for start in range(0, count_examples(batch), size):
-        yield take_examples(batch, slice(start, start + size))
-
-
-def take_examples(batch: Any, rows: slice) -> Any:
-    """Some examples of a batch: tensors as long as the batch are cut, everything else is shared."""
-    count = count_examples(batch)
-    return map_tensors(lambda tensor: tensor[rows] if tensor.dim() and len(tensor) == count else tensor, batch)
-
-
-def _is_dataclass(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def is_classification(loss: LossFunction) -> bool:
-    """Whether it is torch's cross-entropy or negative log-likelihood: module, function, or a partial of the function."""
-    function = loss.func if isinstance(loss, partial) else loss
-    return isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or function in (F.cross_entropy, F.nll_loss)
-
-
-def loss_setting(loss: LossFunction, name: str, default: Any) -> Any:
-    """An option of a torch loss, such as `reduction`: of a module its attribute, of a partial its keyword."""
-    if isinstance(loss, partial):
-        return loss.keywords.get(name, default)
-    return getattr(loss, name, default)
 
 
 def _check_classes(loss: LossFunction, outputs: Any, targets: Any) -> None:

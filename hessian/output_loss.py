@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from hessian.objective import Objective, map_tensors, tensors_of
+from hessian.batch import map_tensors, tensors_of
+from hessian.objective import Objective
 
 
 def differentiable(outputs: Any) -> list[torch.Tensor]:

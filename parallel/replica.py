@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from hessian.objective import tensors_of
+from hessian.batch import tensors_of
 from hessian.structure import reachable_parameters
 from parallel.evaluation_mode import in_evaluation_mode
 from parallel.gathered import Gathered

@@ -15,19 +15,12 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import hessian
-from hessian.objective import (
-    LossFunction,
-    LossNotFiniteError,
-    Objective,
-    count_examples,
-    is_classification,
-    map_tensors,
-    take_examples,
-    tensors_of,
-)
+from hessian.batch import count_examples, map_tensors, take_examples, tensors_of
+from hessian.objective import LossFunction, LossNotFiniteError, Objective
 from hessian.operators.curvature import CurvatureOperator
 from hessian.processes import Processes
 from hessian.task import Task
+from hessian.torch_losses import is_classification
 from parallel import curvature
 from parallel.adversarial import attacked
 from parallel.arrangement import arranged

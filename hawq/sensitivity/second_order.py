@@ -31,10 +31,11 @@ from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
+from hessian.batch import count_examples
 from hessian.draws import ExampleDraws
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
-from hessian.objective import Objective, count_examples
+from hessian.objective import Objective
 from hessian.operators.curvature import differentiable_twice
 from hessian.output_curvature import OutputCurvatureError, output_cotangents, output_curvature_factors
 from hessian.output_loss import loss_in_double

@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from hessian.draws import fingerprint
 from hessian.item_losses import item_losses
-from hessian.objective import Data, LossFunction, Objective, is_classification, loss_setting
+from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.gauss_newton import Inner, OuterProductOperator, check_loss_of_outputs
 from hessian.output_loss import leaf_copy
 from hessian.parameters import Selection
+from hessian.torch_losses import is_classification, loss_setting
 
 
 class Fisher(OuterProductOperator):
