@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+_SHOWN = 4  # parts of a value, in messages
+
 
 def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
     """Every tensor in a batch or in a model's outputs; dicts, tuples, lists and dataclasses are followed."""
@@ -28,7 +30,37 @@ def count_examples(batch: Any) -> int:
     for tensor in tensors_of(batch):
         if tensor.dim() > 0:
             return tensor.shape[0]
-    raise ValueError(f"cannot count the examples of a {type(batch).__name__}: pass items=lambda batch: ...")
+    raise ValueError(
+        f"cannot count the examples of {describe(batch)}, which holds no tensor: give tensors (torch.as_tensor), or pass "
+        "items=lambda batch: ..."
+    )
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Without torch's name before it."""
+    return str(dtype).removeprefix("torch.")
+
+
+def describe(value: Any) -> str:
+    """What a value is, for messages: its type, and the types and shapes of what it holds, one level deep."""
+    if isinstance(value, torch.Tensor):
+        return f"a {_kind(value)}"
+    if isinstance(value, Mapping):
+        parts = [f"{key!r}: {_kind(part)}" for key, part in value.items()]
+    elif _is_dataclass(value):
+        parts = [f"{field.name}: {_kind(getattr(value, field.name))}" for field in dataclasses.fields(value)]
+    elif isinstance(value, tuple | list):
+        parts = [_kind(part) for part in value]
+    else:
+        return f"a {type(value).__name__}"
+    shown = [*parts[:_SHOWN], "..."] if len(parts) > _SHOWN else parts
+    return f"a {type(value).__name__}({', '.join(shown)})"
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, torch.Tensor):
+        return f"{dtype_name(value.dtype)} tensor {tuple(value.shape)}"
+    return type(value).__name__
 
 
 def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:

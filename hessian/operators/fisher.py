@@ -115,7 +115,7 @@ def _drawn_losses(
         return item_losses(objective, outputs, drawn)
     valid = (targets != loss_setting(objective.loss, "ignore_index", -100)).reshape(-1)
     losses = F.cross_entropy(outputs, drawn.where(valid.view(drawn.shape), 0), reduction="none").reshape(-1)[valid]
-    weights = weight.to(losses)[targets.reshape(-1)[valid]]
+    weights = weight.to(losses)[targets.reshape(-1)[valid].long()]
     return losses, weights if objective.is_sum else weights / weights.sum()
 
 
