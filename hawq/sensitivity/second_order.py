@@ -156,6 +156,8 @@ def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], exam
     run = _Perturbed(graph, layers)
     with torch.enable_grad():
         outputs = run.run(example)
+        if not isinstance(outputs, torch.Tensor):
+            return False
         found = certify(outputs, run.zeros).values()  # type: ignore[arg-type]  # leaves of a graph, like parameters
     return all(certificate.absent or not certificate.reason for certificate in found)
 
