@@ -15,6 +15,7 @@ from hawq.layers import LAYERS, ActivationQuantizer, QuantizedLayer, input_quant
 from hawq.observers import RangeMethod, activation_range
 from hawq.rounding import LeastSquares
 from hawq.rounding.moments import MomentCollector
+from hessian.diagnosis import explained_forward
 
 
 @torch.no_grad()
@@ -74,6 +75,7 @@ class _Run:
 
     def __init__(self, graph: fx.GraphModule, inputs: Sequence[torch.Tensor]) -> None:
         self.nodes = [node for node in graph.graph.nodes if node.op != "output"]
+        self.graph, self.inputs = graph, inputs
         self.interpreters = [fx.Interpreter(graph) for _ in inputs]
         self.position = 0
         for interpreter, batch in zip(self.interpreters, inputs, strict=True):
@@ -88,8 +90,9 @@ class _Run:
                 for dead in interpreter.user_to_last_uses.get(done, []):
                     del interpreter.env[dead]
         node = self.nodes[self.position]
-        for interpreter in self.interpreters:
-            interpreter.env[node] = interpreter.run_node(node)
+        for number, (interpreter, batch) in enumerate(zip(self.interpreters, self.inputs, strict=True)):
+            with explained_forward(self.graph, batch, f" of batch {number}"):
+                interpreter.env[node] = interpreter.run_node(node)
         self.position += 1
 
     def run_up_to(self, node: fx.Node) -> None:

@@ -23,7 +23,8 @@ from tqdm.auto import tqdm
 
 from hawq.graph import argument, trace
 from hawq.pseudo_targets import pseudo_targets, require_known
-from hessian.objective import LossFunction, is_classification
+from hessian.objective import LossFunction
+from hessian.torch_losses import is_classification
 
 aten = torch.ops.aten
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from tqdm.auto import tqdm
 
+from hessian.diagnosis import explained_forward
 from hessian.objective import Objective
 from hessian.task import Task
 
@@ -29,7 +30,8 @@ def evaluate(
     outputs, loss, total, metric, count = [], 0.0, 0.0, 0.0, 0
     for batch in tqdm(objective.batches(), desc=progress, total=len(batches), unit="batch", disable=progress is None):
         inputs, targets = batch
-        result = network(inputs)
+        with explained_forward(task.model, inputs):
+            result = network(inputs)
         outputs.append(result)
         weight = objective.weight(batch)
         loss += weight * float(objective.batch_loss(result, batch)) if weight else 0.0

@@ -19,8 +19,10 @@ from hawq.graph import find_layers, get_tensor
 from hawq.layers import LAYERS
 from hawq.model import QuantizedModel
 from hawq.stages import model_digest
+from hessian.batch import count_examples, tensors_of
 from hessian.files import read_checked, write_checked
-from hessian.objective import Data, LossFunction, Objective, count_examples, is_classification, tensors_of
+from hessian.objective import Data, LossFunction, Objective
+from hessian.torch_losses import is_classification
 
 logger = logging.getLogger(__name__)
 

@@ -3,7 +3,7 @@
 import copy
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from math import prod
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import fx, nn
 
 from hawq.patches import TRANSPOSED, MatrixForm
+from hessian.batch import describe
+from hessian.diagnosis import explained_forward, first_line
 from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 
@@ -95,8 +97,11 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
             raise ValueError(
                 f"{name!r} is {tensor.dtype}: quantization starts from float32, so pass model.float() and such data"
             )
-    if example.shape[0] < 2:
+    if not len(example):
+        raise ValueError(f"the first batch is empty, inputs of shape {tuple(example.shape)}: a network is traced with examples")
+    if len(example) < 2:
         example = torch.cat([example, example])  # torch.export takes a batch of one for a constant
+    _check_runs(frozen, example)
     batch = torch.export.Dim.DYNAMIC
     try:
         with torch.no_grad(), warnings.catch_warnings():
@@ -104,10 +109,9 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
             program = torch.export.export(frozen, (example,), dynamic_shapes=({0: batch},))
             program = program.run_decompositions({})
     except Exception as error:  # torch.export raises a wide family of errors, all of them about the model
-        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ValueError(
-            f"the model cannot be read as a graph: {first}. Its forward must not branch on values of tensors and must "
-            "accept any batch size"
+            f"the model cannot be read as a graph: {first_line(error)}. Its forward must not branch on values of tensors and "
+            "must accept any batch size"
         ) from error
     module = program.module(check_guards=False)
     graph = module.graph
@@ -121,6 +125,16 @@ def trace(model: nn.Module, example: Any) -> fx.GraphModule:
     traced = fx.GraphModule(module, graph)
     traced.meta[_TRACED] = True
     return traced
+
+
+def _check_runs(model: nn.Module, example: torch.Tensor) -> None:
+    """ValueError where the model does not take the example, or returns what no graph can: torch.export says less of it."""
+    with torch.no_grad(), torch.random.fork_rng(), explained_forward(model, example):
+        outputs = model(example)
+    if is_dataclass(outputs):
+        raise ValueError(
+            f"the model's output is {describe(outputs)}, which a graph cannot return: give a model that returns one tensor"
+        )
 
 
 def find_layers(graph: fx.GraphModule) -> dict[str, Layer]:
@@ -248,9 +262,7 @@ def example_inputs(batches: Any) -> torch.Tensor:
     """The inputs of the first batch; TypeError unless they are one tensor."""
     for batch in batches:
         if not isinstance(batch[0], torch.Tensor):
-            raise TypeError(
-                f"the network's input is a {type(batch[0]).__name__}: only one tensor, examples first, can be traced"
-            )
+            raise TypeError(f"the network's input is {describe(batch[0])}: only one tensor, examples first, can be traced")
         return batch[0]
     raise ValueError("the data is empty: there is no batch to trace the model with")
 

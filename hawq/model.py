@@ -12,7 +12,7 @@ from hawq.allocation import Allocation
 from hawq.augmentation import augmented
 from hawq.calibration import calibrate
 from hawq.fold import folded
-from hawq.graph import Layer, find_layers, get_tensor, input_node
+from hawq.graph import Layer, example_inputs, find_layers, get_tensor, input_node
 from hawq.layers import LAYERS, QUANTIZERS, ActivationQuantizer, QuantizedLayer, input_quantizer
 from hawq.observers import RangeMethod
 from hawq.rounding import ROUNDINGS, LeastSquares, Rounding, round_to_nearest
@@ -90,8 +90,9 @@ def quantize_model(
         raise ValueError(f"activations are quantized to 2 to 8 bits or left in float (None), not to {activations!r}")
     if group_size is not None and group_size < 1:
         raise ValueError(f"group_size={group_size}: give a number of columns, or None for one scale a channel")
-    inputs = [batch[0] for batch in Objective(model, torch.nn.functional.mse_loss, calibration).batches()]
-    example = inputs[0][:2]
+    batches = list(Objective(model, torch.nn.functional.mse_loss, calibration).batches())
+    example = example_inputs(batches)[:2]
+    inputs = [batch[0] for batch in batches]
     graph = folded(model, example)
     layers = find_layers(graph)
     _check_allocation(allocation, layers, graph)

@@ -4,7 +4,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hessian.objective import LossFunction, is_classification
+from hessian.objective import LossFunction
+from hessian.torch_losses import is_classification
 
 _WITH_LOGITS = (nn.BCEWithLogitsLoss, F.binary_cross_entropy_with_logits)
 _WITH_PROBABILITIES = (nn.BCELoss, F.binary_cross_entropy)

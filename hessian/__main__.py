@@ -16,10 +16,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
 from hessian import figures, landscape
+from hessian.batch import count_examples, split_batch
 from hessian.command_line import reserve_stdout, write_result
 from hessian.drawing import to_inline_svg, to_png
 from hessian.files import write_atomically
-from hessian.objective import batches_of, count_examples, split_batch
+from hessian.objective import batches_of
 from hessian.processes import Processes, joined, leave
 from hessian.report import Findings, render_html, summary
 from hessian.report_options import Options, Plan, ProductCost, parse

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from hessian.objective import count_examples, map_tensors, take_examples, tensors_of
+from hessian.batch import count_examples, map_tensors, take_examples, tensors_of
 
 
 class ExampleDraws:

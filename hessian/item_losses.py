@@ -7,7 +7,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from hessian.objective import LossFunction, Objective, count_examples, split_batch
+from hessian.batch import count_examples, split_batch
+from hessian.diagnosis import explained_loss
+from hessian.objective import LossFunction, Objective
 
 _MODULES: dict[Any, type[nn.Module]] = {
     F.cross_entropy: nn.CrossEntropyLoss,
@@ -40,7 +42,7 @@ def item_losses(objective: Objective, outputs: Any, targets: Any) -> tuple[torch
 def _of_module(
     loss: nn.Module, outputs: torch.Tensor, targets: torch.Tensor, *, is_sum: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    values = loss(outputs, targets)
+    values = explained_loss(loss, outputs, targets)
     if isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss):
         values = values.reshape(-1)
         weights = torch.ones_like(values)
@@ -49,7 +51,7 @@ def _of_module(
             valid = flat != loss.ignore_index
             weights = valid.to(values)
             if loss.weight is not None:
-                weights = weights * loss.weight.to(values)[flat.where(valid, 0)]
+                weights = weights * loss.weight.to(values)[flat.where(valid, 0).long()]
             counted = weights > 0
             if isinstance(loss, nn.CrossEntropyLoss) and loss.label_smoothing and bool((valid & ~counted).any()):
                 raise ValueError("label smoothing gives targets of a class with weight 0 a loss but no share: no Fisher matrix")
@@ -70,7 +72,7 @@ def _one_by_one(loss: LossFunction, outputs: Any, targets: Any, *, is_sum: bool)
             "Fisher matrix needs a loss of each example"
         )
     pairs = zip(split_batch(outputs, 1), split_batch(targets, 1), strict=True)
-    values = torch.stack([loss(output, target).reshape(()) for output, target in pairs])
+    values = torch.stack([explained_loss(loss, output, target).reshape(()) for output, target in pairs])
     shares = torch.full_like(values, 1.0 if is_sum else 1 / count)
     whole, mean = loss(outputs, targets).detach(), (shares * values).sum().detach()
     if not torch.allclose(mean, whole, rtol=1e-4, atol=1e-6):

@@ -234,8 +234,7 @@ def _loss(objective: Objective) -> float:
     def own() -> float:
         with objective.undisturbed(), torch.no_grad():
             return sum(
-                weight * float(objective.loss(objective.outputs(batch), objective.targets(batch)))
-                for batch, weight in objective.own_batches()
+                weight * float(objective.loss_of(objective.outputs(batch), batch)) for batch, weight in objective.own_batches()
             )
 
     return sum(objective.gathered(own))

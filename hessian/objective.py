@@ -2,21 +2,23 @@
 
 import contextlib
 import copy
-import dataclasses
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from functools import partial
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeVar
 from unittest import mock
 
 import torch
 import torch.utils.checkpoint
 from torch import nn
-from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.data import DataLoader, Dataset, Subset
 
+from hessian.arguments import check_arguments, not_a_pair, nothing
+from hessian.batch import count_examples, map_tensors, split_batch, tensors_of
+from hessian.diagnosis import check_classes, class_weight, explained_forward, explained_loss
 from hessian.space import VectorSpace
+from hessian.torch_losses import is_classification, loss_setting
 
 _Value = TypeVar("_Value")
 _Item = TypeVar("_Item")
@@ -55,11 +57,7 @@ class Objective:
     ) -> None:
         if micro_batch is not None and micro_batch < 1:
             raise ValueError(f"micro_batch={micro_batch}: give a number of examples, at least 1, or None")
-        if isinstance(data, Iterator):
-            raise ValueError(
-                "`data` is an iterator and would be empty on the second pass: pass a list of batches, a DataLoader, "
-                "or one (inputs, targets) batch"
-            )
+        check_arguments(model, loss, data)
         self.model = model
         self.loss = loss
         self.data = [data] if isinstance(data, Mapping) or _is_one_batch(data) else data
@@ -67,6 +65,7 @@ class Objective:
         self.items = items
         self.micro_batch = micro_batch
         self._total_weight: float | None = None
+        self._latest: tuple[int, weakref.ref[torch.Tensor]] | None = None  # batch's number and first tensor, for messages
 
     @property
     def device(self) -> torch.device:
@@ -86,24 +85,25 @@ class Objective:
     def batches(self) -> Iterator[Any]:
         """The batches, moved to the model's device, cut into micro-batches; ValueError if there are none."""
         device = self.device
-        count = 0
-        for batch in self.data:
-            count += 1
+        number = -1
+        for number, batch in enumerate(self.data):
             if self.forward is None and not _is_pair(batch):
-                raise TypeError(
-                    f"a batch is a {type(batch).__name__}, not (inputs, targets): say how to call the model with "
-                    "Objective(..., forward=lambda model, batch: ...)"
-                )
+                raise TypeError(not_a_pair(batch, self.data))
             for piece in [batch] if self.micro_batch is None else split_batch(batch, self.micro_batch):
-                yield map_tensors(lambda tensor: tensor.to(device), piece)
-        if count == 0:
-            raise ValueError("the data is empty: there is no batch to compute a loss on")
+                moved = map_tensors(lambda tensor: tensor.to(device), piece)
+                first = next(tensors_of(moved), None)
+                self._latest = None if first is None else (number, weakref.ref(first))
+                yield moved
+        if number < 0:
+            raise ValueError(nothing(self.data, passed_before=self._total_weight is not None))
 
     def outputs(self, batch: Any) -> Any:
         """The model's outputs on one batch."""
         if self.forward is not None:
-            return self.forward(self.model, batch)
-        return self.model(batch[0])
+            with explained_forward(self.model, batch, self._where(batch), own_call=True):
+                return self.forward(self.model, batch)
+        with explained_forward(self.model, batch[0], self._where(batch)):
+            return self.model(batch[0])
 
     def targets(self, batch: Any) -> Any:
         """What the loss compares the outputs with."""
@@ -111,9 +111,8 @@ class Objective:
 
     def batch_loss(self, outputs: Any, batch: Any) -> torch.Tensor:
         """The loss of one batch (a scalar), checked: targets in range, one value, finite."""
-        targets = self.targets(batch)
-        _check_classes(self.loss, outputs, targets)
-        value = self.loss(outputs, targets)
+        check_classes(self.loss, outputs, self.targets(batch))
+        value = self.loss_of(outputs, batch)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"the loss returned a {type(value).__name__}, not a tensor: do not call .item() in it")
         if value.numel() != 1:
@@ -121,6 +120,16 @@ class Objective:
         if not torch.isfinite(value):
             raise LossNotFiniteError(self._why_not_finite(value, batch))
         return value.reshape(())
+
+    def loss_of(self, outputs: Any, batch: Any) -> Any:
+        """What the loss returns for one batch, whatever that is."""
+        return explained_loss(self.loss, outputs, self.targets(batch), self._where(batch))
+
+    def _where(self, batch: Any) -> str:
+        """Which of the data a batch is, for messages; empty where there is one, or it is not known."""
+        if self._latest is None or self.is_one_batch or self._latest[1]() is not next(tensors_of(batch), None):
+            return ""
+        return f" of batch {self._latest[0]}"
 
     def weight(self, batch: Any) -> float:
         """How much the batch's loss counts in the whole: w_b above, 1 for a loss that sums."""
@@ -135,9 +144,7 @@ class Objective:
         targets = self.targets(batch)
         classes = isinstance(targets, torch.Tensor) and not targets.is_floating_point()
         if is_classification(self.loss) and classes:
-            valid = targets[targets != loss_setting(self.loss, "ignore_index", -100)]
-            weight = loss_setting(self.loss, "weight", None)
-            return float(valid.numel()) if weight is None else float(weight[valid].sum())
+            return class_weight(self.loss, targets)
         return float(count_examples(batch))
 
     @property
@@ -283,86 +290,3 @@ def _is_pair(batch: Any) -> bool:
 
 def _is_one_batch(data: Any) -> bool:
     return _is_pair(data) and all(isinstance(part, torch.Tensor) for part in data)
-
-
-def tensors_of(batch: Any) -> Iterator[torch.Tensor]:
-    """Every tensor in a batch or in a model's outputs; dicts, tuples, lists and dataclasses are followed."""
-    if isinstance(batch, torch.Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from tensors_of(part)
-    elif isinstance(batch, tuple | list):
-        for part in batch:
-            yield from tensors_of(part)
-    elif _is_dataclass(batch):
-        for field in dataclasses.fields(batch):
-            yield from tensors_of(getattr(batch, field.name))
-
-
-def count_examples(batch: Any) -> int:
-    """The length of the first tensor that has one; ValueError if none has."""
-    for tensor in tensors_of(batch):
-        if tensor.dim() > 0:
-            return tensor.shape[0]
-    raise ValueError(f"cannot count the examples of a {type(batch).__name__}: pass items=lambda batch: ...")
-
-
-def map_tensors(function: Callable[[torch.Tensor], torch.Tensor], batch: Any) -> Any:
-    """The batch with `function` applied to every tensor in it, otherwise of the same types."""
-    if isinstance(batch, torch.Tensor):
-        return function(batch)
-    if _is_dataclass(batch):
-        parts = {field.name: getattr(batch, field.name) for field in dataclasses.fields(batch)}
-        return dataclasses.replace(batch, **{name: map_tensors(function, part) for name, part in parts.items()})
-    if isinstance(batch, MutableMapping):
-        mapped = copy.copy(batch)
-        for key, part in batch.items():
-            mapped[key] = map_tensors(function, part)
-        return mapped
-    if isinstance(batch, Mapping):
-        return {key: map_tensors(function, part) for key, part in batch.items()}
-    if isinstance(batch, tuple | list):
-        items = [map_tensors(function, part) for part in batch]
-        return type(batch)(*items) if hasattr(batch, "_fields") else type(batch)(items)
-    return batch
-
-
-def split_batch(batch: Any, size: int) -> Iterator[Any]:
-    """The batch in pieces of `size` examples: tensors as long as the batch are cut, everything else is shared."""
-    for start in range(0, count_examples(batch), size):
-        yield take_examples(batch, slice(start, start + size))
-
-
-def take_examples(batch: Any, rows: slice) -> Any:
-    """Some examples of a batch: tensors as long as the batch are cut, everything else is shared."""
-    count = count_examples(batch)
-    return map_tensors(lambda tensor: tensor[rows] if tensor.dim() and len(tensor) == count else tensor, batch)
-
-
-def _is_dataclass(value: Any) -> bool:
-    return dataclasses.is_dataclass(value) and not isinstance(value, type)
-
-
-def is_classification(loss: LossFunction) -> bool:
-    """Whether it is torch's cross-entropy or negative log-likelihood: module, function, or a partial of the function."""
-    function = loss.func if isinstance(loss, partial) else loss
-    return isinstance(loss, nn.CrossEntropyLoss | nn.NLLLoss) or function in (F.cross_entropy, F.nll_loss)
-
-
-def loss_setting(loss: LossFunction, name: str, default: Any) -> Any:
-    """An option of a torch loss, such as `reduction`: of a module its attribute, of a partial its keyword."""
-    if isinstance(loss, partial):
-        return loss.keywords.get(name, default)
-    return getattr(loss, name, default)
-
-
-def _check_classes(loss: LossFunction, outputs: Any, targets: Any) -> None:
-    """Class targets out of range, before a kernel fails on them (or reads past its end)."""
-    if not is_classification(loss) or not isinstance(targets, torch.Tensor) or targets.is_floating_point():
-        return
-    classes = outputs.shape[1] if outputs.dim() > 1 else outputs.shape[0]
-    valid = targets[targets != loss_setting(loss, "ignore_index", -100)]
-    if valid.numel() and (int(valid.min()) < 0 or int(valid.max()) >= classes):
-        wrong = int(valid.max()) if int(valid.max()) >= classes else int(valid.min())
-        raise ValueError(f"target {wrong} is out of range: the model has {classes} outputs, so targets are 0 to {classes - 1}")

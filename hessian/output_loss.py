@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-from hessian.objective import Objective, map_tensors, tensors_of
+from hessian.batch import map_tensors, tensors_of
+from hessian.diagnosis import DataMismatchError
+from hessian.objective import Objective
 
 
 def differentiable(outputs: Any) -> list[torch.Tensor]:
@@ -27,7 +29,7 @@ def loss_in_double(objective: Objective, outputs: Any, batch: Any) -> tuple[list
     try:
         leaves, copied = leaf_copy(outputs, torch.float64)
         return leaves, in_double.batch_loss(copied, map_tensors(_to_double, batch))
-    except RuntimeError:  # a loss that holds on to tensors of another precision
+    except (RuntimeError, DataMismatchError):  # a loss that holds on to tensors of another precision
         leaves, copied = leaf_copy(outputs, None)
         return leaves, objective.batch_loss(copied, batch)
 

@@ -13,7 +13,8 @@ import torch
 from torch import distributed
 from torch.distributed import ProcessGroup
 
-from hessian.objective import Data, LossFunction, Objective, count_examples, take_examples
+from hessian.batch import count_examples, take_examples
+from hessian.objective import Data, LossFunction, Objective
 from hessian.space import Distribution, VectorSpace
 
 _Value = TypeVar("_Value")

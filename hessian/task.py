@@ -15,8 +15,9 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import nn
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
+from hessian.batch import describe
 from hessian.objective import LossFunction
 from hessian.spelling import did_you_mean, require_file
 
@@ -108,16 +109,28 @@ def _near_module(name: str) -> str:
 
 def _check(task: Task) -> None:
     for name, function in (("loss", task.loss), ("metric", task.metric)):
-        if not callable(function):
-            raise TypeError(f"task {task.name!r}: {name} is a {type(function).__name__}, not a function of outputs and targets")
+        if isinstance(function, type) or not callable(function):
+            kind = f"the class {function.__name__}" if isinstance(function, type) else f"a {type(function).__name__}"
+            raise TypeError(f"task {task.name!r}: {name} is {kind}, not a function of outputs and targets")
     for name, dataset in (("train", task.train), ("evaluation", task.evaluation)):
+        if isinstance(dataset, DataLoader):
+            raise TypeError(
+                f"task {task.name!r}: {name} is a DataLoader, and a task has data sets, of which batches are made here: give "
+                f"loader.dataset, a {type(dataset.dataset).__name__}"
+            )
         if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
-            raise TypeError(f"task {task.name!r}: {name} is not a map-style dataset with a length")
+            raise TypeError(
+                f"task {task.name!r}: {name}, {describe(dataset)}, is not a map-style dataset with a length: give one with "
+                "__getitem__ and __len__, such as torch.utils.data.TensorDataset(inputs, targets)"
+            )
         if len(dataset) == 0:
             raise ValueError(f"task {task.name!r}: the {name} dataset is empty")
         item = dataset[0]
         if not isinstance(item, tuple | list) or len(item) != 2:
-            raise TypeError(f"task {task.name!r}: an item of {name} is a {type(item).__name__}, not (input, target)")
+            raise TypeError(
+                f"task {task.name!r}: an item of {name} is {describe(item)}, not (input, target): let the dataset's "
+                "__getitem__ return those two"
+            )
     for name, tensor in task.model.state_dict().items():
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise ValueError(f"task {task.name!r}: weight {name!r} holds NaN or Inf")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hessian.objective import count_examples
+from hessian.batch import count_examples
 from hessian.operators.base import LinearOperator
 from hessian.operators.curvature import CurvatureOperator
 from hessian.operators.hessian import Hessian

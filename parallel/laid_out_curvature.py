@@ -6,7 +6,8 @@ import torch
 from torch import distributed
 from torch.distributed.tensor import DTensor
 
-from hessian.objective import Objective, count_examples, take_examples
+from hessian.batch import count_examples, take_examples
+from hessian.objective import Objective
 from hessian.operators.curvature import NoSecondDerivativeError
 from hessian.operators.gauss_newton import GaussNewton
 from hessian.operators.hessian import Hessian

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from hessian.diagnosis import explained_forward
 from parallel.evaluation_mode import in_evaluation_mode
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -67,7 +68,7 @@ def describe(model: nn.Module, example: Any) -> list[LayerShape]:
         for name, module in modules.items()
     ]
     try:
-        with in_evaluation_mode(model), torch.no_grad():
+        with in_evaluation_mode(model), torch.no_grad(), explained_forward(model, example):
             model(example)
     finally:
         for handle in handles:

@@ -13,7 +13,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from hessian.objective import tensors_of
+from hessian.batch import tensors_of
+from hessian.diagnosis import explained_forward
 from hessian.structure import reachable_parameters
 from parallel.evaluation_mode import in_evaluation_mode
 from parallel.gathered import Gathered
@@ -112,7 +113,7 @@ class Replica:
 def has_unused_parameters(model: nn.Module, example: Any) -> bool:
     """Whether there are parameters that the outputs do not depend on. example: a batch of one input."""
     parameters = {name: one for name, one in model.named_parameters() if one.requires_grad}
-    with in_evaluation_mode(model), torch.random.fork_rng(), torch.enable_grad():
+    with in_evaluation_mode(model), torch.random.fork_rng(), torch.enable_grad(), explained_forward(model, example):
         total = sum(tensor.float().sum() for tensor in tensors_of(model(example)) if tensor.requires_grad)
     return isinstance(total, torch.Tensor) and len(reachable_parameters(total, parameters)) < len(parameters)
 

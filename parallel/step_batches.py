@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from hessian.objective import map_tensors
+from hessian.batch import map_tensors
 from parallel.augmentation import Augmentation
 from parallel.data_order import DataOrder, micro_batches, share
 

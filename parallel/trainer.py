@@ -15,19 +15,13 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 import hessian
-from hessian.objective import (
-    LossFunction,
-    LossNotFiniteError,
-    Objective,
-    count_examples,
-    is_classification,
-    map_tensors,
-    take_examples,
-    tensors_of,
-)
+from hessian.batch import count_examples, map_tensors, take_examples, tensors_of
+from hessian.diagnosis import explained_forward, explained_loss
+from hessian.objective import LossFunction, LossNotFiniteError, Objective
 from hessian.operators.curvature import CurvatureOperator
 from hessian.processes import Processes
 from hessian.task import Task
+from hessian.torch_losses import is_classification
 from parallel import curvature
 from parallel.adversarial import attacked
 from parallel.arrangement import arranged
@@ -291,11 +285,14 @@ class Trainer:
         sums = torch.zeros(4, dtype=torch.float64)
         with self._averaged(), in_evaluation_mode(self.replica.model), self._autocast():
             for batch, is_own in self._evaluation_batches():
-                outputs, own = self.replica.outputs(batch[0]), self._own(batch)
+                with explained_forward(self.replica.model, batch[0], " of the evaluation data"):
+                    outputs = self.replica.outputs(batch[0])
+                own = self._own(batch)
                 examples = count_examples(own)
                 if is_own and examples:
                     weight = objective.weight(own)
-                    loss, metric = float(self.task.loss(outputs, own[1])), float(self.task.metric(outputs, own[1]))
+                    loss = float(explained_loss(self.task.loss, outputs, own[1], " of the evaluation data"))
+                    metric = float(self.task.metric(outputs, own[1]))
                     sums += torch.tensor([weight * loss, weight, examples * metric, examples], dtype=torch.float64)
         sums = sums.to(self.processes.device)
         distributed.all_reduce(sums)
@@ -374,12 +371,13 @@ class Trainer:
             inputs = map_tensors(lambda tensor: mixing * tensor, inputs)
             inputs = inputs + map_tensors(lambda tensor: (1 - mixing) * tensor, part.partners[0])
         with self._autocast():
-            outputs = model(inputs)
+            with explained_forward(self.replica.model, inputs):
+                outputs = model(inputs)
             if not counts:
                 return sum(tensor.sum() for tensor in tensors_of(outputs)) * torch.zeros(())
-            loss = self.loss(outputs, targets)
+            loss = explained_loss(self.loss, outputs, targets)
             if part.partners is not None:
-                loss = mixing * loss + (1 - mixing) * self.loss(outputs, self._own(part.partners)[1])
+                loss = mixing * loss + (1 - mixing) * explained_loss(self.loss, outputs, self._own(part.partners)[1])
         return loss
 
     def _autocast(self) -> Any:

@@ -17,10 +17,11 @@ from hawq.sensitivity.rounded import RoundingError, RoundingErrors
 from hawq.sensitivity.table import SensitivityTable
 from hessian.estimators.diagonal import diagonal
 from hessian.estimators.exact_diagonal import gauss_newton_diagonal
-from hessian.objective import Objective, is_classification
+from hessian.objective import Objective
 from hessian.operators.base import NotExactError
 from hessian.operators.fisher import Fisher
 from hessian.parameters import unflatten
+from hessian.torch_losses import is_classification
 
 
 def fisher_diagonals(

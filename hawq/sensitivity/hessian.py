@@ -16,8 +16,9 @@ from hawq.sensitivity.second_order import has_many_outputs, is_piecewise_linear
 from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import Errors, SensitivityTable
 from hessian.estimators.layers import layer_report
-from hessian.objective import Objective, is_classification
+from hessian.objective import Objective
 from hessian.results import LayerReport
+from hessian.torch_losses import is_classification
 
 _RTOL = 0.1  # of a trace: widths change by factors of four
 _ROUGH_RTOL = 0.3

@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.table import SensitivityTable
-from hessian.objective import Objective, is_classification, loss_setting
+from hessian.objective import Objective
+from hessian.torch_losses import is_classification, loss_setting
 
 Sums = tuple[torch.Tensor, torch.Tensor]  # by example: the sum over its items, (N,), and their number, (N,)
 

@@ -17,7 +17,8 @@ from tqdm.auto import tqdm
 from hawq.graph import Layer
 from hawq.sensitivity.table import Errors, SensitivityTable
 from hawq.sensitivity.top_eigenvalue import top_eigenvalues
-from hessian.objective import Objective, count_examples, map_tensors
+from hessian.batch import count_examples, map_tensors
+from hessian.objective import Objective
 
 SUBSAMPLES = 10
 

@@ -31,10 +31,11 @@ from hawq.graph import Layer, input_node
 from hawq.sensitivity.rounded import RoundingErrors
 from hawq.sensitivity.subset import first_examples
 from hawq.sensitivity.table import SensitivityTable
+from hessian.batch import count_examples
 from hessian.draws import ExampleDraws
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
-from hessian.objective import Objective, count_examples
+from hessian.objective import Objective
 from hessian.operators.curvature import differentiable_twice
 from hessian.output_curvature import OutputCurvatureError, output_cotangents, output_curvature_factors
 from hessian.output_loss import loss_in_double
@@ -155,6 +156,8 @@ def is_piecewise_linear(graph: fx.GraphModule, layers: Mapping[str, Layer], exam
     run = _Perturbed(graph, layers)
     with torch.enable_grad():
         outputs = run.run(example)
+        if not isinstance(outputs, torch.Tensor):
+            return False
         found = certify(outputs, run.zeros).values()  # type: ignore[arg-type]  # leaves of a graph, like parameters
     return all(certificate.absent or not certificate.reason for certificate in found)
 

@@ -20,11 +20,12 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from tqdm.auto import tqdm
 
+from hessian.batch import count_examples
 from hessian.draws import ExampleDraws
 from hessian.estimators.exact_trace import MAX_OUTPUTS
 from hessian.estimators.example_rows import mixing_nodes
 from hessian.estimators.sampling import standard_error
-from hessian.objective import Data, LossFunction, Objective, count_examples
+from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective, differentiable_twice
 from hessian.output_curvature import OutputCurvatureError, output_curvature_factors
 from hessian.output_loss import loss_in_double

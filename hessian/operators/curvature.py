@@ -9,8 +9,9 @@ from typing import Any, Self
 import torch
 from torch import nn
 
+from hessian.batch import count_examples, split_batch, tensors_of
 from hessian.memory import check_fits, saved_bytes
-from hessian.objective import Data, LossFunction, LossNotFiniteError, Objective, count_examples, split_batch, tensors_of
+from hessian.objective import Data, LossFunction, LossNotFiniteError, Objective
 from hessian.operators.base import LinearOperator
 from hessian.parameters import Selection, flatten, requiring_grad, select_parameters, unflatten
 from hessian.second_backward import CheapSecondBackward

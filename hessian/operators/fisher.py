@@ -8,11 +8,12 @@ from torch.nn import functional as F
 
 from hessian.draws import fingerprint
 from hessian.item_losses import item_losses
-from hessian.objective import Data, LossFunction, Objective, is_classification, loss_setting
+from hessian.objective import Data, LossFunction, Objective
 from hessian.operators.curvature import as_objective
 from hessian.operators.gauss_newton import Inner, OuterProductOperator, check_loss_of_outputs
 from hessian.output_loss import leaf_copy
 from hessian.parameters import Selection
+from hessian.torch_losses import is_classification, loss_setting
 
 
 class Fisher(OuterProductOperator):
@@ -114,7 +115,7 @@ def _drawn_losses(
         return item_losses(objective, outputs, drawn)
     valid = (targets != loss_setting(objective.loss, "ignore_index", -100)).reshape(-1)
     losses = F.cross_entropy(outputs, drawn.where(valid.view(drawn.shape), 0), reduction="none").reshape(-1)[valid]
-    weights = weight.to(losses)[targets.reshape(-1)[valid]]
+    weights = weight.to(losses)[targets.reshape(-1)[valid].long()]
     return losses, weights if objective.is_sum else weights / weights.sum()
 
 

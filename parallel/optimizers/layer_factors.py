@@ -9,8 +9,8 @@ from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional as F
 
+from hessian.batch import count_examples, tensors_of
 from hessian.estimators.per_example import unfold_patches
-from hessian.objective import count_examples, tensors_of
 from parallel.gathered import is_fully_sharded
 
 _PATCH_BYTES = 64 * 2**20  # patches unfolded at a time
