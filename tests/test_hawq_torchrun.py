@@ -144,7 +144,7 @@ def bad_target():
 
 def test_errors_reach_every_rank():
     first, last = run_on_ranks(bad_target, 2)
-    assert last[0].startswith("ValueError: target 9 is out of range")
+    assert last[0].startswith("DataMismatchError: target 9 is out of range")
     assert first[0].startswith("RuntimeError: rank 1 failed: target 9 is out of range")
     assert len(first) == len(last) == 2
 

@@ -270,7 +270,7 @@ def failures():
 def test_errors_reach_every_rank():
     (_, first), (_, second) = run_on_ranks(failures, 2)
     assert first[0] == "RuntimeError: the computation failed on another rank, whose own message says why"
-    assert second[0].startswith("ValueError: target 9 is out of range")
+    assert second[0].startswith("DataMismatchError: target 9 is out of range")
     assert first[1].startswith("ValueError: no item of the data counts on any rank")
     assert first[2].startswith("NotExactError: the trace of '0.weight' is not exact")
     assert first[1:] == second[1:]
