@@ -35,6 +35,7 @@ def test_an_interrupted_run_goes_on_where_it_was(folder, uninterrupted, how):
     deadline = time.monotonic() + 120
     while not list((folder / "o" / ".resume").glob("export-*")) and time.monotonic() < deadline:
         time.sleep(0.05)
+    time.sleep(0.2)  # into the evaluation data
     process.send_signal(how)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == (1 if how != signal.SIGKILL else -signal.SIGKILL)

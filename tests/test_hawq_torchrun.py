@@ -183,6 +183,7 @@ def launch(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, cwd=folder, timeout=200)
 
 
+@pytest.mark.nightly
 def test_the_command_line_on_two_ranks(folder, monkeypatch):
     """The same widths and metrics as one process, which goes on from the stages that two ranks have kept."""
     monkeypatch.syspath_prepend(str(folder))
