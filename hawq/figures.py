@@ -103,6 +103,7 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
     axes = figure.add_subplot()
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
     return figure, axes
 
 
