@@ -17,7 +17,9 @@ settings.load_profile("reproducible")
 
 @pytest.fixture(scope="session", autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    folder = tmp_path_factory.mktemp("cache")
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "cache"  # one for all of pytest-xdist's workers
+    folder.mkdir(exist_ok=True)
     old = os.environ.get("HESSIANWARE_CACHE")
     os.environ["HESSIANWARE_CACHE"] = str(folder)
     yield folder

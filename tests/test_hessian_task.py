@@ -2,6 +2,7 @@
 
 import os
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -86,7 +87,10 @@ def test_training_is_deterministic_and_leaves_the_global_generator_alone():
         assert torch.equal(one, other)
 
 
-def test_the_cache_is_used_and_retrained_when_damaged(resnet20, monkeypatch, caplog):
+def test_the_cache_is_used_and_retrained_when_damaged(resnet20, monkeypatch, caplog, tmp_path):
+    (whole,) = cache_folder().glob("digits-resnet20-*")
+    shutil.copy(whole, tmp_path)
+    monkeypatch.setenv("HESSIANWARE_CACHE", str(tmp_path))
     trainings = []
     monkeypatch.setattr(
         "hessian.tasks.pretrained.train_classifier",
