@@ -93,12 +93,13 @@ class Frontier(ShownTable, Sequence[Point]):
     def plot(self, ax: "Axes | None" = None) -> "Axes":
         """Draw the predicted and the measured increases over bytes, dominated points hollow; `ax=None` makes a new figure."""
         ax = new_axes() if ax is None else ax
-        sizes, measured = (np.array(values) for values in zip(*((one.file_bytes / 1e3, one.measured_increase) for one in self)))
+        sizes = np.array([point.file_bytes / 1e3 for point in self])
+        measured = np.array([point.measured_increase for point in self])
         if all(point.predicted_increase is not None for point in self):
             predicted: list[Any] = [point.predicted_increase for point in self]
             ax.plot(sizes, predicted, "--s", color=ORANGE, label="predicted from the summed sensitivity")
         ax.plot(sizes, measured, "-o", color=BLUE, label="measured on the evaluation data")
-        beaten = np.array([point.dominated for point in self])
+        beaten = np.array([point.dominated for point in self], dtype=bool)
         ax.plot(sizes[beaten], measured[beaten], "o", color=BLUE, markerfacecolor="white")
         background = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 0.5}
         for point, size, increase in zip(self, sizes, measured, strict=True):

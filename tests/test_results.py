@@ -91,6 +91,7 @@ def test_sensitivities_and_widths_are_drawn_by_row():
     ax = drawn(table)
     assert [text.get_text() for text in ax.get_legend().get_texts()] == ["2 bits", "8 bits, 1 not positive"]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["conv", "fc"]
+    assert len(drawn(hawq.SensitivityTable({"conv": {16: 1.0}}, {"conv": {16: 0.0}}, "own")).containers) == 1
     ax = drawn(hawq.Allocation({"conv": 4, "activation:x": 8, "fc": 2}))
     assert [bar.get_height() for bar in ax.patches] == [4, 2, 8]
     assert [label.get_text() for label in ax.get_xticklabels()] == ["conv", "fc", "x"]
@@ -117,7 +118,7 @@ def test_stability_frontier_and_audit_are_tables():
     assert frontier.cells()[0][1:] == ["4", "90.00%", "+5", "+2.5", ""]
     (measured,) = (line for line in drawn(frontier).lines if line.get_label() == "measured on the evaluation data")
     assert list(measured.get_ydata()) == [5.0, 1.5, 0.6]
-    assert not bool(hawq.Frontier())
+    assert len(drawn(hawq.Frontier()).get_legend().get_texts()) == 2  # where none was measured
     chosen = {"this": (hawq.Allocation({"conv": 8, "fc": 2}), 0.75)}
     audit = hawq.audit(table, chosen, measure_layer=lambda name, bits: omega[name][bits] / 2)
     assert [row[0] for row in audit.cells()] == ["allocations", "single layers", "all together over sum of singles"]

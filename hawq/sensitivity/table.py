@@ -124,7 +124,7 @@ class SensitivityTable(Table, Mapping[str, Mapping[int, float]]):
             shown = [row for row in rows if row[1] > 0]
             hidden = f", {len(rows) - len(shown)} not positive" if len(shown) < len(rows) else ""
             places, values, errors = zip(*shown, strict=True) if shown else ((), (), ())
-            colour, marker = _MARKS[bits]
+            colour, marker = _MARKS.get(bits, (GREY, "x"))
             ax.errorbar(
                 places,
                 values,
