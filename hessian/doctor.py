@@ -35,6 +35,7 @@ _ROUNDS = 21
 
 def examine() -> dict[str, Any]:
     """Everything that the doctor knows, for JSON."""
+    has_runtime = find_spec("onnx") is not None and find_spec("onnxruntime") is not None
     return {
         "versions": {"hessianware": _version("hessianware"), "python": platform.python_version()}
         | {name: _version(name) for name in REQUIRED},
@@ -43,8 +44,8 @@ def examine() -> dict[str, Any]:
             name: {"missing": [module for module in needs if find_spec(module) is None], "enables": enables}
             for name, (enables, needs) in EXTRAS.items()
         },
-        "integer_kernels": kernels() if find_spec("onnx") and find_spec("onnxruntime") else None,
-        "exact_products": products_are_exact() if find_spec("onnx") and find_spec("onnxruntime") else None,
+        "integer_kernels": kernels() if has_runtime else None,
+        "exact_products": products_are_exact() if has_runtime else None,
         "self_test": self_test(),
     }
 
