@@ -10,9 +10,9 @@ from tqdm.auto import tqdm
 
 from hawq.allocate import Table
 from hawq.allocation import Allocation
+from hessian import tables
 from hessian.colours import BLUE, GREEN, GREY, ORANGE
 from hessian.drawn import new_axes
-from hessian.tables import Table as ShownTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -59,7 +59,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, repr=False)
-class Audit(ShownTable):
+class Audit(tables.Table):
     """Three comparisons, of which the last two need single layers to be measured.
 
     frontier: whole allocations. layers: only one row quantized. interaction: as "predicted" the sum of the measured

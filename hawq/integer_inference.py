@@ -14,7 +14,7 @@ _EXAMPLES = 64
 _RUNS = 6  # passes of about the integer model's own time that a comparison makes
 
 
-def integer_only(job: Job, model: QuantizedModel, packed: bytes) -> dict[str, Any] | None:
+def integer_only(job: Job, model: QuantizedModel, packed: bytes, exported: bytes) -> dict[str, Any] | None:
     """What runs without floats, and how its integers compare with onnxruntime's where that takes seconds; None without any."""
     if not model.quantizers():
         return None
@@ -28,7 +28,7 @@ def integer_only(job: Job, model: QuantizedModel, packed: bytes) -> dict[str, An
         result: dict[str, Any] = {"float_operations": dict(integer.float_operations), "comparison": None, "skipped": None}
         if seconds > _SECONDS:
             return result | {"skipped": f"would take about {seconds:,.0f} s, more than {_SECONDS}"}
-        compared = compare(model, inputs)
+        compared = compare(model, inputs, exported=exported)
         return result | {"comparison": {"examples": len(inputs)} | _summary(compared)}
 
     result: dict[str, Any] = job.stages.run_json("integer-only", job.key | {"packed": bytes_digest(packed)}, compute)

@@ -12,9 +12,9 @@ from tqdm.auto import tqdm
 from hawq.allocate import Budget, Table, allocate, common_widths, tied_groups
 from hawq.allocation import Allocation, BudgetUse
 from hawq.cost.size import bits_of_weights
+from hessian import tables
 from hessian.colours import BLUE, GREY, ORANGE
 from hessian.drawn import new_axes
-from hessian.tables import Table as ShownTable
 from hessian.tables import metric_text
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class Point:
         return all(a <= b for a, b in bytes_and_increases) and any(a < b for a, b in bytes_and_increases)
 
 
-class Frontier(ShownTable, Sequence[Point]):
+class Frontier(tables.Table, Sequence[Point]):
     """Points by rising bytes, `dominated` as their bytes and measured increases have it; NaN compares with nothing."""
 
     def __init__(self, points: Iterable[Point] = ()) -> None:

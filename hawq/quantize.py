@@ -78,7 +78,7 @@ def quantize(options: Options, processes: Processes) -> dict[str, Any] | None:
         "onnx": job.evaluate(runtime.network(onnx_files["quantized"]), "onnxruntime"),
     }
     measured = measure(job, table, allocation, rounded.model, rounded.seconds)
-    integers = integer_only(job, model, packed)
+    integers = integer_only(job, model, packed, onnx_files["quantized"])
     latency = job.latencies(onnx_files, packed)
 
     report = build_report(

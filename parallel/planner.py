@@ -120,8 +120,10 @@ class Plans(Table):
 def plot_by_ranks(plans: Mapping[int, Plans], ax: "Axes | None" = None) -> "Axes":
     """Draw the seconds that a step communicates over the number of ranks, {ranks: plans}; hollow where a plan cannot run.
 
-    `ax=None` makes a new figure.
+    `ax=None` makes a new figure. ValueError where there are no plans.
     """
+    if not plans:
+        raise ValueError("there are no plans to draw: give {ranks: parallel.best_plans(...)}")
     ax = new_axes() if ax is None else ax
     styles = ((GREEN, "-"), (BLUE, "--"), (ORANGE, ":"))
     by_name = {name: [found.named()[name] for found in plans.values()] for name in next(iter(plans.values())).named()}

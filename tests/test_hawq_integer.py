@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import hawq
+from hawq import onnx_export
 from hawq.fold import folded
 from hawq.graph import find_layers
 from hawq.integer import compare, dyadic, integer_model
@@ -205,11 +206,18 @@ def test_a_difference_that_is_no_tie_is_not_explained():
     assert max(row.from_tie for row in rough.runtime) > max(row.tolerance for row in rough.runtime)
 
 
+def test_the_file_of_another_network_is_refused():
+    network, inputs = zoo("a layer by itself")
+    model, _ = build("a layer by itself", 64)
+    with pytest.raises(RuntimeError, match=r"scale in the file is not what .* has in the network"):
+        compare(network, inputs, exported=onnx_export.to_bytes(quantized(model, 2 * inputs), inputs[:2]))
+
+
 @torch.no_grad()
 def test_the_rule_by_which_onnxruntime_rescales_a_convolution():
     network, _ = zoo("conv net")
     _, inputs = build("conv net", 512)
-    seen = ObservedRuntime(network)(inputs)
+    seen = ObservedRuntime(network, onnx_export.to_bytes(network, inputs[:2]))(inputs)
     sums = integer_model(network).run_forced(inputs, seen.codes)
     sources, differences = network.input_quantizers(), 0
     reads = {"stem": "relu", "depthwise": "relu6", "project": "quantized_layers_project", "down": "relu_2"}
@@ -310,6 +318,7 @@ def test_what_cannot_run_on_integers():
         integer_model(floating)
 
 
+@pytest.mark.nightly
 def test_a_trained_residual_network(resnet20):
     calibration = torch.stack([resnet20.train[index][0] for index in range(128)])
     inputs = torch.stack([example[0] for example in resnet20.evaluation])

@@ -245,6 +245,7 @@ def test_metrics_that_are_no_shares_are_not_shown_in_per_cent(folder):
     assert "per cent" not in (folder / "o" / "report.html").read_text()
 
 
+@pytest.mark.nightly
 def test_unreached_weights_can_be_dropped_on_purpose(folder):
     assert run("user_networks:unreached", "--out", "o", "--drop-unreached").returncode == 0
     assert (folder / "o" / "model.onnx").is_file()

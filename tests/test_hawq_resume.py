@@ -25,13 +25,20 @@ def uninterrupted(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "o"
 
 
+def _heed_interrupts() -> None:
+    """A shell that starts the tests in the background has told all its processes to ignore SIGINT."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize(
     "how", [signal.SIGINT, *(pytest.param(one, marks=pytest.mark.nightly) for one in (signal.SIGTERM, signal.SIGKILL))]
 )
 def test_an_interrupted_run_goes_on_where_it_was(folder, uninterrupted, how):
     """Evaluation data are slow: the job is stopped while it works through them after its first stages are done."""
     command = [sys.executable, "-m", "hawq.quantize", "user_networks:slow", "--out", "o"]
-    process = subprocess.Popen(command, env=os.environ | {"SLOW": "1"}, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, env=os.environ | {"SLOW": "1"}, stderr=subprocess.PIPE, text=True, preexec_fn=_heed_interrupts
+    )
     deadline = time.monotonic() + 120
     while not list((folder / "o" / ".resume").glob("export-*")) and time.monotonic() < deadline:
         time.sleep(0.05)

@@ -33,7 +33,10 @@ def positions(examples):
     return graph, find_layers(graph), (inputs, classes(3, examples))
 
 
-@pytest.mark.parametrize("name", ["conv net", "tokens", "time in the batch", "positions"])
+@pytest.mark.parametrize(
+    "name",
+    ["conv net", "positions", *(pytest.param(name, marks=pytest.mark.nightly) for name in ("tokens", "time in the batch"))],
+)
 def test_gauss_newton_of_many_outputs_has_the_quadratic_form_as_its_mean(monkeypatch, name):
     """Labels are drawn for each example; where a layer has no row for each, the whole batch's sum is squared."""
     monkeypatch.setattr(second_order, "MAX_OUTPUTS", 1)

@@ -141,7 +141,8 @@ class Fitted(SmoothNet):
         return 25 * super().forward(x)
 
 
-@pytest.mark.parametrize("many", [False, pytest.param(True, marks=pytest.mark.nightly)])
+@pytest.mark.nightly
+@pytest.mark.parametrize("many", [False, True])
 def test_the_gauss_newton_matrix_takes_the_spread_away(many, monkeypatch):
     if many:  # labels are drawn instead of one backward pass an output
         monkeypatch.setattr("hessian.estimators.exact_trace.MAX_OUTPUTS", 2)

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+from itertools import product
 
 import pytest
 import torch
@@ -54,11 +55,18 @@ LOSSES = {
     "custom": custom,
 }
 EVERY_NETWORK = pytest.mark.parametrize(("build", "shape"), NETWORKS.values(), ids=NETWORKS)
-EVERY_LOSS = pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES)
 
 
-@EVERY_LOSS
-@EVERY_NETWORK
+def _pair(network: str, loss: str):
+    """All of them nightly; before that every network with two losses, and every loss with one network."""
+    marks = [] if network == "mlp" or loss in ("cross-entropy", "custom") else [pytest.mark.nightly]
+    return pytest.param(*NETWORKS[network], LOSSES[loss], id=f"{network}-{loss}", marks=marks)
+
+
+EVERY_PAIR = pytest.mark.parametrize(("build", "shape", "loss"), [_pair(*pair) for pair in product(NETWORKS, LOSSES)])
+
+
+@EVERY_PAIR
 def test_hessian(build, shape, loss):
     model, data = seeded(build), classification(*shape)
     operator = hessian.Hessian(model, loss, data)
@@ -69,8 +77,7 @@ def test_hessian(build, shape, loss):
     assert relative_error(cut.to_dense(), dense) < 1e-10
 
 
-@EVERY_LOSS
-@EVERY_NETWORK
+@EVERY_PAIR
 def test_gauss_newton(build, shape, loss):
     model, data = seeded(build), classification(*shape)
     with sdpa_kernel(SDPBackend.MATH):
@@ -122,7 +129,11 @@ def test_tokens_are_items():
         assert relative_error(hessian.Hessian(model, loss, batches).to_dense(), exact) < 1e-10
 
 
-@pytest.mark.parametrize("loss", [nn.CrossEntropyLoss(), nn.BCEWithLogitsLoss(), nn.MSELoss()], ids=str)
+@pytest.mark.parametrize(
+    "loss",
+    [nn.CrossEntropyLoss(), *(pytest.param(one, marks=pytest.mark.nightly) for one in (nn.BCEWithLogitsLoss(), nn.MSELoss()))],
+    ids=str,
+)
 def test_sampled_fisher_has_the_gauss_newton_matrix_as_its_mean(loss):
     model, (inputs, targets) = seeded(Tied), classification(5, 3)
     if not isinstance(loss, nn.CrossEntropyLoss):

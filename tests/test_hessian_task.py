@@ -63,6 +63,7 @@ def test_digits_resnet20_is_trained_and_left_in_evaluation_mode(resnet20):
         assert float(resnet20.metric(resnet20.model(images), targets)) >= 0.99
 
 
+@pytest.mark.nightly
 def test_digits_mobilenet_is_depthwise_and_trained(mobilenet):
     depthwise = [m for m in mobilenet.model.modules() if isinstance(m, nn.Conv2d) and m.groups == m.in_channels > 1]
     assert len(depthwise) == 8

@@ -28,10 +28,10 @@ from hessian.tasks.transformer import CausalSelfAttention, Transformer
 
 @pytest.fixture(scope="module", autouse=True)
 def short_training() -> Iterator[None]:
-    """Less than a quarter of text-transformer's steps, and so less asked of it."""
+    """A thirtieth of text-transformer's steps, and so less asked of it."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(hessian.tasks.text, "RECIPE", LanguageRecipe(steps=400))
-        patch.setattr(hessian.tasks.text, "REQUIRED_ACCURACY", 0.35)
+        patch.setattr(hessian.tasks.text, "RECIPE", LanguageRecipe(steps=60))
+        patch.setattr(hessian.tasks.text, "REQUIRED_ACCURACY", 0.2)
         yield
 
 
@@ -168,7 +168,7 @@ def test_text_transformer_has_learned_to_read(text):
     inputs, targets = text.evaluation.tensors
     assert inputs.shape[1:] == targets.shape[1:] == (64,)
     most_frequent = float((targets == targets.flatten().mode().values).float().mean())
-    assert accuracy(text) > 0.4 > 2 * most_frequent
+    assert accuracy(text) > 0.2 > 1.3 * most_frequent
 
 
 def test_text_transformer_is_trained_once(text, monkeypatch):
@@ -189,7 +189,7 @@ def test_another_text_is_trained_on_anew(monkeypatch):
 def test_a_transformer_that_learned_nothing_is_not_kept(monkeypatch, tmp_path):
     monkeypatch.setenv("HESSIANWARE_CACHE", str(tmp_path))
     monkeypatch.setattr("hessian.tasks.text.RECIPE", LanguageRecipe(steps=2))
-    with pytest.raises(RuntimeError, match=r"training text-transformer ended at .* test accuracy, below 35%"):
+    with pytest.raises(RuntimeError, match=r"training text-transformer ended at .* test accuracy, below 20%"):
         text_transformer()
     assert list(cache_folder().iterdir()) == []
 

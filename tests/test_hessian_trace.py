@@ -88,6 +88,11 @@ def is_covered(result: Trace, truth: float) -> bool:
     return low <= truth <= high or (result.method == "exact" and result.value == pytest.approx(truth, rel=1e-12))
 
 
+def _nightly(*names):
+    """Five hundred runs of each take seconds."""
+    return [pytest.param(name, marks=pytest.mark.nightly) for name in names]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_exact_by_the_identity_equals_the_dense_trace(name):
     operator = Recording(CASES[name])
@@ -110,7 +115,7 @@ def test_operators_know_nothing_exact_by_default():
         Dense(torch.eye(2)).exact_diagonal()
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["indefinite", "low rank", *_nightly("decaying", "flat")])
 @pytest.mark.parametrize(("method", "max_matvecs"), [("hutchinson", 40), ("hutch++", 48), ("xtrace", 24)])
 def test_unbiased_and_honest_with_a_fixed_number_of_products(method, max_matvecs, name):
     """rtol=0 stops for nothing but the budget, or once the range of a matrix of low rank is complete."""
@@ -124,7 +129,7 @@ def test_unbiased_and_honest_with_a_fixed_number_of_products(method, max_matvecs
 
 
 @pytest.mark.parametrize(("method", "rtol"), [("hutchinson", 0.1), ("hutch++", 0.01), ("xtrace", 0.01), ("auto", 0.01)])
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", ["decaying", "indefinite", *_nightly("flat", "low rank")])
 def test_honest_at_the_stopping_time(method, rtol, name):
     truth = float(CASES[name].trace())
     results = runs(name, method, rtol, 64)

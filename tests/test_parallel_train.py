@@ -364,6 +364,7 @@ def test_an_evaluation_that_is_not_finite_is_null(tmp_path):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["evaluation_metric"] is None
 
 
+@pytest.mark.nightly
 def test_a_hanging_rank_is_named(tmp_path):
     options = ["--out", str(tmp_path / "a"), "--steps", "16", "--batch-size", "14", "--timeout", "3"]
     result = launch(["tests.training_tasks:hanging", *options], tmp_path / "marker", 0)

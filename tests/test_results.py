@@ -140,6 +140,8 @@ def test_plans_are_drawn_by_layout_and_by_ranks():
     shown = {line.get_label(): list(line.get_ydata()) for line in ax.lines}
     assert shown["best"] == [found.best.seconds for found in plans.values()]
     assert "cannot run" in shown  # 1,024 ranks and 512 examples
+    with pytest.raises(ValueError, match="no plans to draw"):
+        parallel.plot_by_ranks({})
 
 
 def test_pages_say_which_colours_figures_have():

@@ -13,6 +13,7 @@ from math import prod
 import torch
 from torch import fx
 
+from hawq import onnx_export
 from hawq.integer.executor import IntegerModel, integer_model
 from hawq.integer.observed import ObservedRuntime
 from hawq.layers import ActivationQuantizer, QuantizedLayer
@@ -78,13 +79,15 @@ class Comparison:
 
 
 @torch.no_grad()
-def compare(model: QuantizedModel, inputs: torch.Tensor, *, bits: int = 31) -> Comparison:
+def compare(model: QuantizedModel, inputs: torch.Tensor, *, bits: int = 31, exported: bytes | None = None) -> Comparison:
     """Integer-only inference of `model` on `inputs` (examples, ...), compared with its exported file and its emulation.
+
+    `exported`: the contents of that file; made anew where it is not given.
 
     Raises ValueError where activations are float, ModuleNotFoundError without the `onnx` extra.
     """
     integer = integer_model(model, bits=bits)
-    observed = ObservedRuntime(model)
+    observed = ObservedRuntime(model, onnx_export.to_bytes(model, model.example) if exported is None else exported)
     exact = _Exact(model)
     parts: dict[str, list[list[Difference]]] = {"runtime": [], "emulation": []}
     results: dict[str, list[torch.Tensor]] = {"integer": [], "runtime": [], "emulation": [], "shipped": []}

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hawq import onnx_export, runtime
+from hawq import runtime
 from hawq.layers import ActivationQuantizer
 from hawq.model import QuantizedModel
 
@@ -20,7 +20,7 @@ class Observed:
 
 
 class ObservedRuntime:
-    """A session of the exported file whose inner 8-bit tensors are outputs too.
+    """A session of `exported`, the ONNX file of `model`, whose inner 8-bit tensors are outputs too.
 
     Outputs are added to the graph that the runtime itself has optimized, and that graph runs without further
     optimization: asked of the file, they could keep operations from being fused. `kernels`: the operator that computes
@@ -29,14 +29,14 @@ class ObservedRuntime:
     Raises RuntimeError where the file's quantizers are not those of the network, one by one and in order.
     """
 
-    def __init__(self, model: QuantizedModel) -> None:
+    def __init__(self, model: QuantizedModel, exported: bytes) -> None:
         import onnx
 
-        content = onnx_export.to_bytes(model, model.example)
-        exported = onnx.load_from_string(content).graph
-        optimized = runtime.optimized(content)
+        optimized = runtime.optimized(exported)
         computed = {name: node.op_type for node in optimized.graph.node for name in node.output}
-        self._names = {name: value for name, value in _quantized(model, exported).items() if value in computed}
+        self._names = {
+            name: value for name, value in _quantized(model, onnx.load_from_string(exported).graph).items() if value in computed
+        }
         self.kernels = {name: computed[value] for name, value in self._names.items()}
         present = {value.name for value in optimized.graph.output}
         for value in dict.fromkeys(self._names.values()):
@@ -44,7 +44,7 @@ class ObservedRuntime:
                 uint8 = onnx.helper.make_tensor_value_info(value, onnx.TensorProto.UINT8, None)
                 optimized.graph.output.append(uint8)
         self._session = runtime.open_session(optimized.SerializeToString(), threads=1, level="none")
-        self.shipped = runtime.network(content)
+        self.shipped = runtime.network(exported)
 
     def __call__(self, inputs: torch.Tensor) -> Observed:
         values = dict(
