@@ -33,8 +33,9 @@ IN_FLOAT = {
 
 
 def quantized(model: nn.Module, inputs: torch.Tensor, bits: int = 8) -> hawq.QuantizedModel:
-    widths = hawq.Allocation(dict.fromkeys(find_layers(folded(model, inputs[:2])), bits))
-    return hawq.quantize_model(model, widths, (inputs, torch.zeros(len(inputs))), rounding="nearest")
+    graph = folded(model, inputs[:2])
+    widths = hawq.Allocation(dict.fromkeys(find_layers(graph), bits))
+    return hawq.quantize_model(graph, widths, (inputs, torch.zeros(len(inputs))), rounding="nearest")
 
 
 @cache
