@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.stats import spearmanr
 from tqdm.auto import tqdm
 
 from hawq.allocate import Table
@@ -43,6 +42,8 @@ class Comparison:
         cls, labels: Sequence[str], predicted: Sequence[float], measured: Sequence[float], same_units: bool = True
     ) -> "Comparison":
         """The statistics of the points; ValueError for an increase that is not finite."""
+        from scipy.stats import spearmanr  # slow to import, and needed here alone
+
         for label, *increases in zip(labels, predicted, measured, strict=True):
             if not np.isfinite(increases).all():
                 raise ValueError(f"{label}: predicted {increases[0]} and measured {increases[1]}, which is not finite")

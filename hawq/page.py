@@ -6,7 +6,6 @@ from typing import Any
 
 from torch import fx
 
-from hawq import figures
 from hawq.graph import get_tensor
 from hawq.model import QuantizedModel
 from hessian.page import render_page
@@ -15,6 +14,8 @@ from hessian.tables import metric_text
 
 def render_html(report: Mapping[str, Any], graph: fx.GraphModule, model: QuantizedModel) -> str:
     """The report as one self-contained page."""
+    from hawq import figures  # matplotlib is slow to import, and needed at a job's end alone
+
     weights = {row["name"]: get_tensor(graph, row["weight"]).detach() for row in report["layers"]}
     pictures = {
         "bits": figures.bits(report["layers"]),

@@ -8,17 +8,15 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, TypeVar
 
 import torch
-from matplotlib.figure import Figure
 from torch.utils.flop_counter import FlopCounterMode
 
 import hessian
-from hessian import figures, landscape
+from hessian import landscape
 from hessian.batch import count_examples, split_batch
 from hessian.command_line import reserve_stdout, write_result
-from hessian.drawing import to_inline_svg, to_png
 from hessian.files import write_atomically
 from hessian.objective import batches_of
 from hessian.processes import Processes, joined, leave
@@ -26,6 +24,9 @@ from hessian.report import Findings, render_html, summary
 from hessian.report_options import Options, Plan, ProductCost, parse
 from hessian.split_data import divided
 from hessian.task import Task
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PICTURES = ("spectrum", "layers", "landscape_line", "landscape_contour", "convergence")
 _PLANE_EXAMPLES = 64
@@ -136,8 +137,10 @@ class _Stages:
         return result
 
 
-def draw_figures(findings: Findings) -> dict[str, Figure]:
+def draw_figures(findings: Findings) -> "dict[str, Figure]":
     """The figures that these findings have, by name, in the order of the page."""
+    from hessian import figures  # matplotlib is slow to import, and needed at the end alone
+
     drawn: dict[str, Figure | None] = {
         "spectrum": figures.spectrum(findings.spectrum, findings.top, findings.outliers, findings.sigma),
         "layers": figures.layers(findings.layers, findings.shapes),
@@ -151,6 +154,8 @@ def draw_figures(findings: Findings) -> dict[str, Figure]:
 
 def write_outputs(folder: Path, findings: Findings, text: str) -> None:
     """Figures and the page, then report.json (`text`); figures of an earlier run that this one has not are removed."""
+    from hessian.drawing import to_inline_svg, to_png
+
     pictures = draw_figures(findings)
     page = render_html(findings, {name: to_inline_svg(figure) for name, figure in pictures.items()})
     images = {name: to_png(figure) for name, figure in pictures.items()}

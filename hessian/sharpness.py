@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
-from hessian.colours import BLUE
 from hessian.drawn import new_axes
 from hessian.estimators.eigenpairs import top_eigenpairs
 from hessian.objective import Data, LossFunction, Objective
@@ -92,11 +91,16 @@ class SharpnessTracker(Table):
     def cells(self) -> list[list[str]]:
         return [[f"{row.step}", f"{row.value:.5g}", f"{row.residual:.1e}", f"{row.num_matvecs}"] for row in self.history]
 
-    def plot(self, ax: "Axes | None" = None) -> "Axes":
-        """Draw the sharpness over steps with its residuals; `ax=None` makes a new figure."""
+    def plot(self, ax: "Axes | None" = None, label: str | None = None) -> "Axes":
+        """Draw the sharpness over steps with its residuals, in the next colour of the axes; `ax=None` makes a new figure.
+
+        label: what the legend calls it, where several are compared.
+        """
         ax = new_axes() if ax is None else ax
         steps, values = [row.step for row in self.history], [row.value for row in self.history]
         residuals = [row.residual for row in self.history]
-        ax.errorbar(steps, values, yerr=residuals, color=BLUE, marker="o", markersize=3, capsize=2)
+        ax.errorbar(steps, values, yerr=residuals, marker="o", markersize=3, capsize=2, label=label)
         ax.set(xlabel="step", ylabel="sharpness (largest eigenvalue)")
+        if label is not None:
+            ax.legend()
         return ax

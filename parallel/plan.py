@@ -12,13 +12,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, TextIO
 
-from matplotlib import style
-from matplotlib.figure import Figure
 from torch import distributed
 
 import hessian
 from hessian.command_line import Parser, add_completion, number, reserve_stdout, whole_number, write_result
-from hessian.drawing import to_png, to_svg
 from hessian.drawn import STYLE
 from hessian.files import write_atomically
 from hessian.objective import batches_of
@@ -136,6 +133,11 @@ def summary(network: AlphaBeta, plans: Plans) -> str:
 
 def write_outputs(folder: Path, text: str, layers: list[LayerShape], network: AlphaBeta, options: Options, best: Plans) -> None:
     """plan.json and the figures."""
+    from matplotlib import style  # slow to import, and needed here alone
+    from matplotlib.figure import Figure
+
+    from hessian.drawing import to_png, to_svg
+
     write_atomically(folder / "plan.json", text)
     plans = {}
     for ranks in sorted({2**power for power in range(options.world_size.bit_length())} | {options.world_size}):

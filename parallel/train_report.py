@@ -3,22 +3,24 @@
 from collections.abc import Mapping, Sequence
 from math import nan
 from pathlib import Path
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import NullFormatter
+from typing import TYPE_CHECKING, Any
 
 from hessian.colours import BLUE, GREEN, GREY, ORANGE
-from hessian.drawing import to_inline_svg
 from hessian.page import render_page
 from hessian.tables import metric_text
 from parallel.train_options import Config
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]]) -> Figure:
+
+def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, Any]]) -> "Figure":
     """Loss, metric, learning rate and gradient norm over the steps, batch size and sharpness where they are on record; dotted
     lines where the run went back."""
+    from matplotlib.figure import Figure  # slow to import, and needed by the first rank alone
+    from matplotlib.ticker import NullFormatter
+
     panels = [("loss", 3.0), ("metric", 2.0), ("learning rate", 1.4), ("gradient norm", 1.4)]
     if len({row["batch_size"] for row in rows}) > 1:
         panels.append(("batch size", 1.4))
@@ -52,7 +54,7 @@ def curves(rows: Sequence[Mapping[str, Any]], rollbacks: Sequence[Mapping[str, A
     return figure
 
 
-def _plot(axes: Axes, rows: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
+def _plot(axes: "Axes", rows: Sequence[Mapping[str, Any]], name: str, **style: Any) -> None:
     """The rows that have it, over their steps."""
     having = [row for row in rows if name in row]
     axes.plot([row["step"] for row in having], [_number(row[name]) for row in having], **style)
@@ -71,6 +73,8 @@ def _narrow(rows: Sequence[Mapping[str, Any]]) -> bool:
 
 def render_html(report: Mapping[str, Any], rows: Sequence[Mapping[str, Any]]) -> str:
     """The run as one self-contained page. rows: of metrics.jsonl."""
+    from hessian.drawing import to_inline_svg
+
     picture = to_inline_svg(curves(rows, report["rollbacks"])) if rows else None
     chosen, defaults = settings(report["config"])
     return render_page(

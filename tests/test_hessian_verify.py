@@ -180,5 +180,11 @@ def test_the_tracker_follows_training_at_three_products_a_check(adam):
     assert all(row.num_matvecs <= 3 for row in tracker.history[1:])
     assert [row.step for row in tracker.history] == list(range(20, 60))
     assert torch.equal(torch.get_rng_state(), state)
-    assert tracker.plot().get_xlabel() == "step"
+    ax = tracker.plot()
+    assert ax.get_xlabel() == "step"
+    assert ax.get_legend() is None
+    tracker.plot(ax, label="again")
+    one, other = (container.lines[0].get_color() for container in ax.containers)
+    assert one != other
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["again"]
     assert len(tracker.cells()) == 40

@@ -4,8 +4,6 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 from torch import nn
 from torch.utils.data import TensorDataset
 
@@ -20,6 +18,9 @@ TEST_SIZE = 360
 
 def digits_datasets() -> tuple[TensorDataset, TensorDataset]:
     """1,437 training and 360 test pairs (image (1, 16, 16) in [-1, 1], class 0 to 9), split evenly over the classes."""
+    from sklearn.datasets import load_digits  # slow to import, and needed by these tasks alone
+    from sklearn.model_selection import train_test_split
+
     digits = load_digits()
     images = torch.tensor(digits.images, dtype=torch.float32).unsqueeze(1) / 8 - 1
     images = nn.functional.interpolate(images, scale_factor=2, mode="bilinear", align_corners=False)

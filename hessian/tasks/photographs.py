@@ -1,7 +1,6 @@
 """Square crops of scikit-learn's two photographs: real images for networks that were trained on ImageNet."""
 
 import torch
-from sklearn.datasets import load_sample_image
 from torch import nn
 
 SMALLEST_SIDE = 160  # pixels of a crop before it is resized: nothing is blown up much
@@ -10,6 +9,8 @@ SMALLEST_SIDE = 160  # pixels of a crop before it is resized: nothing is blown u
 def random_crops(name: str, count: int, size: int, *, seed: int) -> torch.Tensor:
     """`count` crops (count, 3, size, size) in 0..255 of "china.jpg" or "flower.jpg": any place, sides of 160 pixels up to
     the photograph's height, every second one mirrored."""
+    from sklearn.datasets import load_sample_image  # slow to import, and needed here alone
+
     photograph = torch.tensor(load_sample_image(name), dtype=torch.float32).permute(2, 0, 1)
     generator = torch.Generator().manual_seed(seed)
     crops = []
