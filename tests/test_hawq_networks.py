@@ -50,7 +50,7 @@ def test_folding_changes_nothing(network):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("activations", [8, None])
+@pytest.mark.parametrize("activations", [8, pytest.param(None, marks=pytest.mark.nightly)])
 def test_eight_bits_stay_close_and_onnxruntime_computes_the_same(network, activations):
     model, graph, _, inputs = network
     before, state = snapshot(graph), torch.get_rng_state()

@@ -13,7 +13,7 @@ from hessian.estimators.trace import Trace, trace
 from hessian.operators.base import Dense, LinearOperator, NotExactError
 
 SIZE = 120
-NUM_SEEDS = 500
+NUM_SEEDS = 300
 SAMPLING = ("hutchinson", "hutch++", "xtrace", "auto")
 
 
@@ -89,7 +89,7 @@ def is_covered(result: Trace, truth: float) -> bool:
 
 
 def _nightly(*names):
-    """Five hundred runs of each take seconds."""
+    """Three hundred runs of each take seconds."""
     return [pytest.param(name, marks=pytest.mark.nightly) for name in names]
 
 

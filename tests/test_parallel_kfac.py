@@ -313,7 +313,7 @@ def one_process():
         return outcomes()
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_many_ranks_train_as_one_process(one_process, ranks):
     """Batches of 14, and passes of 7, that do not divide evenly; every rank has all factors."""
     for rank in run_on_ranks(outcomes, ranks):

@@ -265,7 +265,7 @@ def divided():
     return found
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_parts_of_layers_move_as_the_whole(ranks):
     matrix, _ = diagonals()
     expected = {}
@@ -320,7 +320,7 @@ def all_fully_sharded(folder):
     return {name: fully_sharded(name, Path(folder, name)) for name in MAKE}
 
 
-@pytest.mark.parametrize("ranks", [pytest.param(2, marks=pytest.mark.nightly), 4])
+@pytest.mark.parametrize("ranks", [2, pytest.param(4, marks=pytest.mark.nightly)])
 def test_fsdp_moves_as_one_process_and_torch_keeps_its_state(ranks, tmp_path):
     with joined():
         expected = {name: fully_sharded(name) for name in MAKE}
