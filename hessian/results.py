@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from hessian.colours import BLUE, GREEN, ORANGE
 from hessian.drawn import new_axes
 from hessian.files import write_atomically
+from hessian.spelling import did_you_mean
 from hessian.tables import Table
 
 if TYPE_CHECKING:
@@ -119,7 +120,9 @@ class LayerReport(Table, Mapping[str, LayerRow]):
         from hessian.bars import signed_bars
 
         if quantity not in _DRAWN:
-            raise ValueError(f"quantity={quantity!r}: choose one of {', '.join(_DRAWN)}")
+            raise ValueError(
+                f"quantity={quantity!r}: choose one of {', '.join(_DRAWN)}{did_you_mean(str(quantity), _DRAWN, str)}"
+            )
         if quantity == "top eigenvalue" and not all(row.top_eigenvalue is not None for row in self.values()):
             raise ValueError("this report has no eigenvalues: make it with layer_report(..., eigenvalues=True)")
         label, colour, bar = _DRAWN[quantity]
