@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Three on two cores: tests of several ranks wait. In the order of names: by default xdist leaves files of few, long tests to the end.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
 
 .PHONY: demo test nightly lint types docs linkcheck benchmarks clean
 
@@ -9,10 +11,10 @@ demo: $(VENV)/installed-onnx
 	$(BIN)/python -m hawq.quantize digits-resnet20 --avg-bits 4 --activations 8 --out out/digits-resnet20 --force
 
 test: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope --durations=10
+	$(PYTEST) --durations=10
 
 nightly: lint types
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=2 --dist=loadscope -m "nightly or not nightly"
+	$(PYTEST) -m "nightly or not nightly"
 
 lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
