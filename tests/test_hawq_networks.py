@@ -68,6 +68,7 @@ def test_eight_bits_stay_close_and_onnxruntime_computes_the_same(network, activa
     assert relative_error(in_runtime(inputs[:1]), outputs[:1]) < (0.05 if activations else 1e-4)
 
 
+@pytest.mark.nightly
 @torch.no_grad()
 def test_onnxruntime_computes_the_float_network(network):
     model, graph, _, inputs = network

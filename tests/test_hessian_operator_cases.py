@@ -315,6 +315,7 @@ def test_functional_losses_are_weighted_as_the_modules_are(loss):
     assert relative_error(hessian.Hessian(model, loss, (inputs, targets), micro_batch=2).to_dense(), whole) < 1e-10
 
 
+@pytest.mark.nightly
 def test_sampled_fisher_keeps_class_weights():
     model, (inputs, targets) = seeded(Tied), classification(5, 3)
     loss = nn.CrossEntropyLoss(weight=CLASS_WEIGHTS)

@@ -287,6 +287,7 @@ def report_on_ranks(weights):
     return report(weights, distributed.get_rank(), distributed.get_world_size())
 
 
+@pytest.mark.nightly
 def test_the_command_line_divides_the_examples(tmp_path):
     """python -m hessian under torchrun: five examples on two ranks, float32."""
     weights = tmp_path / "initial.pt"

@@ -129,6 +129,7 @@ def resumed(folder):
     return found
 
 
+@pytest.mark.nightly
 def test_resumed_runs_go_on_bit_by_bit(tmp_path):
     with joined():
         assert resumed(tmp_path / "one") == dict.fromkeys(RESUMED, True)
