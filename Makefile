@@ -2,8 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# Three on two cores: tests of several ranks wait. In the order of names: by default xdist leaves files of few, long tests to the end.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope --no-loadscope-reorder
+# Three on two cores: tests of several ranks wait for each other.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses=3 --dist=loadscope
 
 .PHONY: demo test nightly lint types docs linkcheck benchmarks clean
 

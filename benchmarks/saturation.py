@@ -79,7 +79,7 @@ def main() -> None:
                 f"{times[1] / times[0]:.2f}",
             ]
         )
-    columns = ["file", "bytes", "accuracy by default", "exactly", "outputs off by", "ms by default", "exactly", "ratio"]
+    columns = ["file", "bytes", "accuracy by default", "exact accuracy", "outputs off by", "ms by default", "exact ms", "ratio"]
     versions = f"torch {torch.__version__.split('+')[0]}, onnxruntime {version('onnxruntime')}"
     machine = f"Python {platform.python_version()}, {versions}, {cpu_name()}, {os.cpu_count()} cores, one thread, batch {BATCH}"
     command = f"`python -m benchmarks.saturation`, {machine}"

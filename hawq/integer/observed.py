@@ -34,9 +34,8 @@ class ObservedRuntime:
 
         optimized = runtime.optimized(exported)
         computed = {name: node.op_type for node in optimized.graph.node for name in node.output}
-        self._names = {
-            name: value for name, value in _quantized(model, onnx.load_from_string(exported).graph).items() if value in computed
-        }
+        written = _quantized(model, onnx.load_from_string(exported).graph)
+        self._names = {name: value for name, value in written.items() if value in computed}
         self.kernels = {name: computed[value] for name, value in self._names.items()}
         present = {value.name for value in optimized.graph.output}
         for value in dict.fromkeys(self._names.values()):
@@ -66,6 +65,6 @@ def _quantized(model: QuantizedModel, exported: Any) -> dict[str, str]:
         raise RuntimeError(f"the file quantizes {len(written)} times, the network {len(quantizers)} times")
     for line, (node, module) in zip(written, quantizers, strict=True):
         for name, value in zip(line.input[1:3], (module.scale, module.zero_point), strict=True):
-            if not np.array_equal(arrays[name], value.numpy()):
+            if name not in arrays or not np.array_equal(arrays[name], value.numpy()):
                 raise RuntimeError(f"{name} in the file is not what {node.name} has in the network")
     return {node.name: line.output[0] for line, (node, _) in zip(written, quantizers, strict=True)}
